@@ -1,0 +1,320 @@
+"""Adapters: how a model family lays out its media tokens."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tokenprune.errors import UnsupportedModelError
+from tokenprune.layout import MODALITIES, Modality, TokenLayout
+from tokenprune.stage import ModelShape
+
+__all__ = ["Adapter", "Item", "MediaCall", "Tower", "adapter_for", "list_models"]
+
+
+@dataclass
+class MediaCall:
+    """One call of the model's encoder, as seen from outside.
+
+    Attributes:
+        modality: What was encoded.
+        arguments: The bound arguments of `get_image_features` and its kin.
+        maps: By the name of an encoder stage: one `[Nv]` float32 map a view, in encoding order.
+    """
+
+    modality: Modality
+    arguments: dict[str, Any]
+    maps: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Item:
+    """The placeholders of one image, clip or sound, in prompt order.
+
+    Attributes:
+        real: `[P]` bool: whether a placeholder stands for a patch (False: a newline token).
+        canvas: `[N]` int64 for the `N` real ones: which canvas of the item, from 0.
+        frame: `[N]` int64, -1 for images.
+        row: `[N]` int64, -1 for audio.
+        column: `[N]` int64.
+        seconds: `[N]` float64, nan if unknown.
+    """
+
+    real: Tensor
+    canvas: Tensor
+    frame: Tensor
+    row: Tensor
+    column: Tensor
+    seconds: Tensor
+
+    @classmethod
+    def grid(
+        cls, frames: int, rows: int, columns: int, *, video: bool, seconds: Tensor | None = None
+    ) -> Item:
+        """Frames (or tiles) of equal size, one canvas each, no separators.
+
+        Args:
+            seconds: `[frames]`, start of each frame.
+        """
+        frame, row, column = torch.meshgrid(
+            torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij"
+        )
+        frame = frame.flatten()
+        times = torch.full((frames,), torch.nan) if seconds is None else seconds
+        return cls(
+            real=torch.ones(len(frame), dtype=torch.bool),
+            canvas=frame,
+            frame=frame if video else torch.full_like(frame, -1),
+            row=row.flatten(),
+            column=column.flatten(),
+            seconds=times.to(torch.float64)[frame],
+        )
+
+    @classmethod
+    def sound(cls, tokens: int, *, seconds_per_token: float) -> Item:
+        """A sound: one canvas with a single line of tokens."""
+        index = torch.arange(tokens)
+        return cls(
+            real=torch.ones(tokens, dtype=torch.bool),
+            canvas=torch.zeros_like(index),
+            frame=index,
+            row=torch.full_like(index, -1),
+            column=index,
+            seconds=index.to(torch.float64) * seconds_per_token,
+        )
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The encoder of a modality, as methods that read its attention need it.
+
+    Attributes:
+        block: The block whose output becomes the features; its attention is read.
+        prefix_tokens: Leading tokens of each view that are no patches (a class token).
+    """
+
+    block: nn.Module
+    prefix_tokens: int = 0
+
+
+class Adapter(ABC):
+    """What tokenprune must know about a model family. One subclass, in one file of `adapters/`.
+
+    The engine needs no per-family code: it finds the language model by `get_decoder()`. An
+    adapter only says what each placeholder of the prompt stands for.
+    """
+
+    model_types: ClassVar[tuple[str, ...]]
+    """`config.model_type` of the models served."""
+    modalities: ClassVar[tuple[Modality, ...]]
+
+    _registry: ClassVar[dict[str, type[Adapter]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for model_type in cls.__dict__.get("model_types", ()):
+            Adapter._registry[model_type] = cls
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.config = model.config
+
+    # -- where things are; the defaults serve most families
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The decoder stack, with its `layers`."""
+        return self.model.get_decoder()  # type: ignore[no-any-return]
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The module that turns `input_ids` and media into embeddings."""
+        return getattr(self.model, "model", self.model)  # type: ignore[no-any-return]
+
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes of the language model."""
+        text = self.config.get_text_config(decoder=True)
+        head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return ModelShape(
+            layers=text.num_hidden_layers,
+            heads=text.num_attention_heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+            width=text.hidden_size,
+            head_width=head_width,
+        )
+
+    def token_ids(self) -> dict[Modality, int]:
+        """The placeholder token of each modality."""
+        return {name: getattr(self.config, f"{name}_token_id") for name in self.modalities}
+
+    def encoders(self) -> dict[str, Modality]:
+        """Methods of `base_model` that encode media, by name, with what they encode."""
+        return {f"get_{name}_features": name for name in self.modalities}
+
+    # -- what tokens stand for
+
+    @abstractmethod
+    def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
+        """The images, clips or sounds that an encoder call encoded, in order.
+
+        Args:
+            call: The encoder call.
+            prompt: Keyword arguments of the base model's forward (`second_per_grid_ts` and such).
+        """
+
+    def tower(self, modality: Modality) -> Tower | None:
+        """The tower whose attention methods may read; None if there is none to read."""
+        return None
+
+    def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
+        """Bring maps of the encoder's views to the media tokens, as the model packs features.
+
+        Args:
+            call: The encoder call.
+            maps: One `[Nv]` map a view.
+
+        Returns:
+            For each item of `items(call)` a map `[N]` of its real tokens.
+        """
+        raise UnsupportedModelError(
+            f"{self.config.model_type} does not align encoder maps; use a method without them"
+        )
+
+    def grey(self, call: MediaCall) -> list[Tensor] | None:
+        """The pixels below each encoder token, `[Nv, pixels]` 0..255 a view; None if unknown."""
+        return None
+
+    # -- for the engine
+
+    def layouts(
+        self, input_ids: Tensor, calls: list[MediaCall], prompt: dict[str, Any], offset: int = 0
+    ) -> list[tuple[TokenLayout, list[tuple[int, int]]]]:
+        """Lay out the media tokens of every row of a batch.
+
+        With beams or several return sequences a sample fills adjacent rows but was encoded once.
+
+        Args:
+            input_ids: `[B, S]` with placeholders.
+            calls: The encoder calls since the last prompt.
+            prompt: As in `items`.
+            offset: Index of the first token of `input_ids` in the logical sequence.
+
+        Returns:
+            For each row its layout, on the CPU, and its items as (call, item of the call) pairs:
+            `layout.item` counts them.
+
+        Raises:
+            UnsupportedModelError: Placeholders and encoded items do not fit together.
+        """
+        ids = input_ids.cpu()
+        queues: dict[Modality, list[_Queued]] = {name: [] for name in self.modalities}
+        for number, call in enumerate(calls):
+            for index, item in enumerate(self.items(call, prompt)):
+                queues[call.modality].append(_Queued(call.modality, number, index, item))
+        repeats = self._repeats(ids, queues)
+        samples = [self._take(row, queues) for row in ids[::repeats]]
+        return [self._layout(row, samples[b // repeats], offset) for b, row in enumerate(ids)]
+
+    def _repeats(self, ids: Tensor, queues: dict[Modality, list[_Queued]]) -> int:
+        """How many adjacent rows share one sample."""
+        for modality, token in self.token_ids().items():
+            placeholders = int((ids == token).sum())
+            encoded = sum(len(queued.item.real) for queued in queues[modality])
+            if placeholders == encoded:
+                continue
+            repeats = placeholders // max(1, encoded)
+            if encoded and placeholders == encoded * repeats and len(ids) % repeats == 0:
+                return repeats
+            raise UnsupportedModelError(
+                f"the prompt holds {placeholders} {modality} placeholders, but {encoded} {modality}"
+                " tokens were encoded; let the model's processor expand the placeholders, and give "
+                "media as pixels or sound, not as features"
+            )
+        return 1
+
+    def _take(self, row: Tensor, queues: dict[Modality, list[_Queued]]) -> list[_Placed]:
+        """Take the items of one row off the queues, in the order in which they appear."""
+        placed = []
+        for modality, token in self.token_ids().items():
+            where = (row == token).nonzero()[:, 0]
+            while len(where):
+                queued = queues[modality].pop(0)
+                length = len(queued.item.real)
+                placed.append(_Placed(queued, where[:length]))
+                where = where[length:]
+        return sorted(placed, key=lambda one: int(one.where[0]))
+
+    def _layout(
+        self, row: Tensor, placed: list[_Placed], offset: int
+    ) -> tuple[TokenLayout, list[tuple[int, int]]]:
+        columns: list[list[Tensor]] = [[] for _ in range(8)]
+        canvases = 0
+        for number, (queued, where) in enumerate(placed):
+            item = queued.item
+            position = where[item.real] + offset
+            parts = (
+                position,
+                torch.full_like(position, MODALITIES[queued.modality]),
+                torch.full_like(position, number),
+                item.canvas + canvases,
+                item.frame,
+                item.row,
+                item.column,
+                item.seconds,
+            )
+            for column, part in zip(columns, parts, strict=True):
+                column.append(part)
+            canvases += int(item.canvas.max()) + 1 if len(item.canvas) else 0
+        if not placed:
+            none = torch.zeros(0, dtype=torch.int64)
+            return TokenLayout(*[none] * 7, seconds=none.to(torch.float64)), []
+        layout = TokenLayout(*(torch.cat(column) for column in columns))
+        # Audio inside a video interleaves two items.
+        layout = layout[layout.position.argsort()]
+        return layout, [(queued.call, queued.index) for queued, _ in placed]
+
+
+class _Queued(NamedTuple):
+    modality: Modality
+    call: int
+    index: int
+    item: Item
+
+
+class _Placed(NamedTuple):
+    queued: _Queued
+    where: Tensor
+
+
+def list_models() -> dict[str, type[Adapter]]:
+    """All adapters by `config.model_type`."""
+    import tokenprune.adapters as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return dict(sorted(Adapter._registry.items()))
+
+
+def adapter_for(model: PreTrainedModel) -> Adapter:
+    """The adapter of a model.
+
+    Raises:
+        UnsupportedModelError: No adapter serves its type.
+    """
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    known = list_models()
+    if model_type not in known:
+        raise UnsupportedModelError(
+            f"no adapter for model_type {model_type!r}; known: {', '.join(known)}. "
+            'Add adapters/<family>.py (see README, "Add a model")'
+        )
+    return known[model_type](model)
