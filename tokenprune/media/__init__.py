@@ -1,0 +1,19 @@
+"""Reading video and sound: exact frames, decoded in parallel, only where they are wanted."""
+
+from tokenprune.media.audio import read_audio
+from tokenprune.media.index import PacketIndex, VideoInfo, index_video, probe
+from tokenprune.media.sample import SizeRule
+from tokenprune.media.video import Timings, Video, read_video, stream_video
+
+__all__ = [
+    "PacketIndex",
+    "SizeRule",
+    "Timings",
+    "Video",
+    "VideoInfo",
+    "index_video",
+    "probe",
+    "read_audio",
+    "read_video",
+    "stream_video",
+]

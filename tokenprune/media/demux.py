@@ -1,0 +1,145 @@
+"""Reading the packets of a run from the file, by reading on or by a seek that is checked."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import av
+import numpy as np
+
+from tokenprune.errors import DecodeError
+from tokenprune.media.files import open_media, video_stream
+from tokenprune.media.index import NO_TIME, PacketIndex
+
+SEEK_GAP_BYTES = 1 << 20  # below this, reading on is quicker than a seek
+LANDING_PACKETS = 4096  # how far to read after a seek for a packet that the index knows
+
+
+class PacketReader:
+    """One open file that hands out packets by their number in the index.
+
+    Workers share it under its lock: reading is a small part of the work of decoding. Each packet
+    is compared with the index, so that a bad seek, or a file that changed, cannot go unnoticed.
+    """
+
+    def __init__(self, index: PacketIndex) -> None:
+        self._index = index
+        self._lock = threading.Lock()
+        self._may_seek = index.seekable
+        self._offset = np.concatenate([[0], np.cumsum(index.size)])
+        self._by_pts = np.argsort(index.pts, kind="stable")
+        self._stack = ExitStack()
+        self._pushed_back: Any = None
+        self._open()
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._stack.close()
+
+    def read(self, first: int, last: int) -> list[tuple[int, Any]]:
+        """The packets `first` to `last` with their numbers.
+
+        Raises:
+            DecodeError: the file no longer matches its index.
+        """
+        with self._lock:
+            return list(self._read(first, last))
+
+    def _read(self, first: int, last: int) -> Iterator[tuple[int, Any]]:
+        self._go_to(first)
+        resume = first
+        while self._at <= last:
+            packet = self._next()
+            if packet is None or not self._is_expected(packet):
+                if not self._sought:
+                    name = self._index.info.path
+                    raise DecodeError(f"{name!r} changed while it was read; read it again")
+                self._may_seek = False  # this file's seeks cannot be trusted: once more from 0
+                resume = max(resume, self._at)
+                self._reopen()
+                continue
+            if self._at >= resume:
+                yield self._at, packet
+            self._at += 1
+
+    def _go_to(self, first: int) -> None:
+        """Stand at or before packet `first`."""
+        gap = self._offset[first] - self._offset[min(self._at, len(self._offset) - 1)]
+        if 0 <= gap <= SEEK_GAP_BYTES and self._at <= first:
+            return
+        if self._may_seek and self._seek(first):
+            return
+        if self._at > first:
+            self._reopen()
+
+    def _seek(self, first: int) -> bool:
+        """Land at or before `first`, stepping back from keyframe to keyframe if need be."""
+        starts = self._index.starts
+        at = int(np.searchsorted(starts, first, "right")) - 1
+        for back in (0, 1, 2, 4):
+            if self._land(int(starts[max(0, at - back)]), first):
+                return True
+        self._may_seek = False
+        self._reopen()
+        return False
+
+    def _land(self, target: int, first: int) -> bool:
+        """Seek to a keyframe; True if what comes then is known and not after `first`."""
+        try:
+            self._container.seek(int(self._index.dts[target]), stream=self._stream)
+        except av.error.FFmpegError:
+            return False
+        self._packets = self._container.demux(self._stream)
+        self._pushed_back = None
+        self._sought = True
+        for _ in range(LANDING_PACKETS):
+            packet = self._next()
+            if packet is None:
+                return False
+            found = self._find(packet)
+            if found is not None:
+                self._at, self._pushed_back = found, packet
+                return found <= first
+        return False
+
+    def _find(self, packet: Any) -> int | None:
+        """The number of a packet, by its presentation time and size."""
+        if packet.pts is None:
+            return None
+        row = int(np.searchsorted(self._index.pts, packet.pts, sorter=self._by_pts))
+        for number in self._by_pts[row : row + 2]:
+            if self._matches(int(number), packet):
+                return int(number)
+        return None
+
+    def _is_expected(self, packet: Any) -> bool:
+        if not self._index.timed:  # read from the start only, in the order of the scan
+            return bool(packet.size == self._index.size[self._at])
+        return self._matches(self._at, packet)
+
+    def _matches(self, number: int, packet: Any) -> bool:
+        pts = NO_TIME if packet.pts is None else packet.pts
+        return bool(self._index.pts[number] == pts and self._index.size[number] == packet.size)
+
+    def _next(self) -> Any:
+        if self._pushed_back is not None:
+            packet, self._pushed_back = self._pushed_back, None
+            return packet
+        try:
+            return next((packet for packet in self._packets if packet.size), None)
+        except av.error.FFmpegError:  # where the scan ended, too
+            return None
+
+    def _reopen(self) -> None:
+        self._stack.close()
+        self._open()
+
+    def _open(self) -> None:
+        self._container = self._stack.enter_context(open_media(self._index.info.path))
+        self._stream = video_stream(self._container)
+        self._packets = self._container.demux(self._stream)
+        self._pushed_back = None
+        self._sought = False
+        self._at = 0

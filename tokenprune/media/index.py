@@ -1,0 +1,267 @@
+"""The packet index: one pass over a file's packets, without decoding, that fixes what is where.
+
+Frame i of a video is the i-th shown packet in order of presentation time, whatever the container
+declares about counts, duration or rate.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenprune.errors import DecodeError
+from tokenprune.media.files import geometry, is_hidden, is_skippable, open_media, video_stream
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+NO_TIME = -(1 << 62)
+TIMELESS = {"h264", "hevc", "m4v", "mpegvideo"}  # raw streams: their times are guesses
+JOINABLE = {"mpegts", "mpeg"}  # files of these kinds are joined end to end, clocks and all
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file holds.
+
+    Attributes:
+        path: the file.
+        duration_seconds: from the first frame to the end of the last one.
+        frame_count: number of shown frames, counted, not declared.
+        average_fps: `frame_count / duration_seconds`.
+        width: pixels of a row as displayed, after rotation.
+        height: pixels of a column as displayed, after rotation.
+        codec: name of the video decoder, such as `h264`.
+        container: FFmpeg's name of the file format, such as `mov,mp4,m4a,3gp,3g2,mj2`.
+        has_audio: whether there is a sound track.
+        rotation: degrees by which stored pictures are turned counterclockwise: 0, 90, 180, 270.
+        start_seconds: the first frame's time on the file's own clock; all other times of this
+            package count from that frame.
+    """
+
+    path: str
+    duration_seconds: float
+    frame_count: int
+    average_fps: float
+    width: int
+    height: int
+    codec: str
+    container: str
+    has_audio: bool
+    rotation: int
+    start_seconds: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PacketIndex:
+    """All packets of a file's video stream, in decode order.
+
+    `P` packets, `N` frames shown. A *place* orders all packets by presentation, those that are
+    never shown (cut away by an edit list) included; a *rank* orders the shown ones.
+
+    Attributes:
+        info: what the file holds.
+        pts: `[P]` presentation time, in ticks of the stream.
+        dts: `[P]` decode time, in ticks.
+        size: `[P]` bytes.
+        keyframe: `[P]` whether decoding can begin there.
+        place: `[P]` position in presentation order.
+        epoch: `[P]` grows where the file's clock breaks; no picture refers across such a break.
+        order: `[N]` rank to packet.
+        seconds: `[N]` presentation time by rank, from 0.
+        timed: whether timestamps identify frames; otherwise they are counted from the start.
+        skippable: whether leaving out pictures that no other refers to is known to be exact.
+        error: why the scan ended before the end of the file, or None.
+    """
+
+    info: VideoInfo
+    pts: Ints
+    dts: Ints
+    size: Ints
+    keyframe: Bools
+    place: Ints
+    epoch: Ints
+    order: Ints
+    seconds: NDArray[np.float64]
+    timed: bool
+    skippable: bool
+    error: str | None
+
+    def __repr__(self) -> str:
+        info = self.info
+        return f"PacketIndex({info.path!r}, frames={info.frame_count}, packets={len(self.pts)})"
+
+    @property
+    def starts(self) -> Ints:
+        """`[G]` packets where decoding can begin: the keyframes, and the first packet."""
+        starts = np.flatnonzero(self.keyframe)
+        return starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])
+
+    @property
+    def seekable(self) -> bool:
+        """Whether a time on the clock names one point of the file."""
+        return self.timed and int(self.epoch[-1]) == 0
+
+
+def index_video(path: str | os.PathLike[str]) -> PacketIndex:
+    """Scan the packets of a video file; only its first picture is decoded, for its size and turn.
+
+    Raises:
+        MediaError: the file is missing, empty, not media, without video, or without frames.
+    """
+    with open_media(path) as container:
+        stream = video_stream(container)
+        scan = _Scan(stream)
+        scan.run(container)
+        if not scan.shown:
+            raise DecodeError(f"{container.name!r} has a video stream but no frames in it")
+        return _build(container, stream, scan)
+
+
+def probe(path: str | os.PathLike[str]) -> VideoInfo:
+    """Say what a video file holds, by a packet scan.
+
+    Raises:
+        MediaError: as `index_video`.
+    """
+    return index_video(path).info
+
+
+class _Scan:
+    """The columns of the index, filled packet by packet."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.pts: list[int] = []
+        self.dts: list[int] = []
+        self.size: list[int] = []
+        self.duration: list[int] = []
+        self.keyframe: list[bool] = []
+        self.shown: list[int] = []
+        self.first_picture: Any = None
+        self.error: str | None = None
+
+    def run(self, container: Any) -> None:
+        """Read to the end of the file, or to the point where it cannot be read on."""
+        try:
+            for packet in container.demux(self.stream):
+                if packet.size:
+                    self._add(packet)
+        except av.error.FFmpegError as error:
+            self.error = error.strerror
+
+    def _add(self, packet: Any) -> None:
+        if self.first_picture is None and len(self.size) < 64:
+            self._look(packet)
+        if not (packet.is_discard or is_hidden(self.stream, packet)):
+            self.shown.append(len(self.size))
+        pts, dts = packet.pts, packet.dts
+        self.pts.append(NO_TIME if pts is None else pts)
+        self.dts.append(self.pts[-1] if dts is None else dts)
+        self.size.append(packet.size)
+        self.duration.append(packet.duration or 0)
+        self.keyframe.append(packet.is_keyframe)
+
+    def _look(self, packet: Any) -> None:
+        try:
+            self.first_picture = next(iter(self.stream.codec_context.decode(packet)), None)
+        except av.error.FFmpegError:
+            return
+
+
+def _build(container: Any, stream: Any, scan: _Scan) -> PacketIndex:
+    pts, dts = np.array(scan.pts, np.int64), np.array(scan.dts, np.int64)
+    shown = np.array(scan.shown, np.int64)
+    tick = float(stream.time_base)
+    keyframe = np.array(scan.keyframe, bool)
+    joinable = container.format.name in JOINABLE
+    falls = _falls(pts, dts, keyframe, tick, joinable)
+    era = np.cumsum(falls).astype(np.int64)
+    timed = _is_timed(container, stream, pts[shown], era[shown])
+
+    everything = np.lexsort((pts, era)) if timed else np.arange(len(pts))
+    place = np.empty(len(pts), np.int64)
+    place[everything] = np.arange(len(pts))
+    order = shown[np.argsort(place[shown])]
+    rate = float(stream.average_rate or stream.guessed_rate or 25)
+    seconds, step = _seconds(pts[order], era[order], tick, rate)
+    last = scan.duration[int(order[-1])] * tick
+    duration = float(seconds[-1]) + (last if timed and last > 0 else step)
+
+    leaps = np.zeros(len(dts), bool)
+    if joinable and len(dts) > 1:
+        steps = np.diff(dts) * tick
+        leaps[1:] = steps > max(10.0, 20 * float(np.median(steps)))
+    width, height, rotation = geometry(stream, scan.first_picture)
+    info = VideoInfo(
+        path=container.name,
+        duration_seconds=duration,
+        frame_count=len(order),
+        average_fps=len(order) / duration,
+        width=width,
+        height=height,
+        codec=stream.codec_context.name,
+        container=container.format.name,
+        has_audio=len(container.streams.audio) > 0,
+        rotation=rotation,
+        start_seconds=float(pts[order[0]] * tick) if pts[order[0]] != NO_TIME else 0.0,
+    )
+    return PacketIndex(
+        info=info,
+        pts=pts,
+        dts=dts,
+        size=np.array(scan.size, np.int64),
+        keyframe=keyframe,
+        place=place,
+        epoch=np.cumsum(falls | leaps),
+        order=order,
+        seconds=seconds,
+        timed=timed,
+        skippable=timed and is_skippable(stream),
+        error=scan.error,
+    )
+
+
+def _falls(pts: Ints, dts: Ints, keyframe: Bools, tick: float, joinable: bool) -> Bools:
+    """`[P]` where the file's clock starts anew, at an earlier time.
+
+    Elsewhere than in joined streams decode times may be guesses that waver. There the sign is a
+    keyframe shown before pictures of the group before: no other than a new clock allows that.
+    """
+    if joinable:
+        return np.diff(dts, prepend=dts[:1]) * tick < -1.0
+    falls = np.zeros(len(pts), bool)
+    starts = np.flatnonzero(keyframe)
+    if len(starts) > 1:
+        latest = np.maximum.reduceat(pts, starts)
+        falls[starts[1:]] = (latest[:-1] - pts[starts[1:]]) * tick > 1.0
+    return falls
+
+
+def _is_timed(container: Any, stream: Any, pts: Ints, era: Ints) -> bool:
+    """Whether every shown packet has a presentation time of its own."""
+    codec, form = stream.codec_context.name, container.format.name
+    if form in TIMELESS or (form == "avi" and codec in {"h264", "hevc"}):  # AVI: decode times only
+        return False
+    pairs = np.unique(np.stack([era, pts]), axis=1)
+    return bool((pts != NO_TIME).all()) and pairs.shape[1] == len(pts)
+
+
+def _seconds(pts: Ints, era: Ints, tick: float, rate: float) -> tuple[NDArray[np.float64], float]:
+    """Times `[N]` from 0, each era set after the one before; and the usual step, in seconds."""
+    if (pts == NO_TIME).any():
+        return np.arange(len(pts)) / rate, 1 / rate
+    steps = np.diff(pts) * tick
+    steps = steps[(np.diff(era) == 0) & (steps > 0)]
+    step = float(np.median(steps)) if len(steps) else 1 / rate
+    seconds = np.empty(len(pts))
+    start = 0.0
+    for number in np.unique(era):
+        here = era == number
+        ticks = np.sort(pts[here])
+        seconds[here] = start + (ticks - ticks[0]) * tick
+        start = float(seconds[here][-1]) + step
+    return seconds, step

@@ -1,0 +1,130 @@
+"""The plan: which runs of packets to decode, so that every wanted frame comes out and little else.
+
+A run starts at a keyframe and ends at the packet of its last wanted frame. Packets outside all
+runs are never fed to a decoder.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tokenprune.errors import MediaError
+from tokenprune.media.index import Ints, PacketIndex
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """One run of packets, the work of one worker.
+
+    Attributes:
+        first: packet where decoding begins, a keyframe.
+        last: packet of the last wanted frame, in decode order.
+        row: row of the output that its first frame fills; the others follow.
+        ranks: `[R]` presentation ranks of the wanted frames, increasing.
+        size_bytes: what is read and decoded, the measure of its cost.
+    """
+
+    first: int
+    last: int
+    row: int
+    ranks: Ints
+    size_bytes: int
+
+
+def plan_units(index: PacketIndex, ranks: Ints) -> list[Unit]:
+    """Cut the wanted frames into units, in order.
+
+    Args:
+        index: the packet index.
+        ranks: `[F]` presentation ranks, strictly increasing.
+    """
+    if not index.timed:  # frames are told apart by counting, which must begin at the first packet
+        last = min(len(index.pts), int(ranks[-1]) + 64) - 1
+        return [Unit(0, last, 0, ranks, int(index.size[: last + 1].sum()))]
+    packets = index.order[ranks]
+    starts = [decode_start(index, int(packet)) for packet in packets]
+    units = []
+    row = 0
+    while row < len(ranks):
+        first, last, end = starts[row], int(packets[row]), row + 1
+        while end < len(ranks) and starts[end] <= last:
+            last = max(last, int(packets[end]))
+            first = min(first, starts[end])
+            end += 1
+        units.append(
+            Unit(first, last, row, ranks[row:end], int(index.size[first : last + 1].sum()))
+        )
+        row = end
+    return units
+
+
+def decode_start(index: PacketIndex, packet: int) -> int:
+    """The packet to begin at so that `packet` is decoded exactly.
+
+    That is the keyframe before it; or, if it is shown before that keyframe (a leading picture of
+    an open group), the keyframe before that one, since it may refer to pictures of both.
+    """
+    starts = index.starts
+    at = int(np.searchsorted(starts, packet, "right")) - 1
+    while at > 0 and index.place[packet] < index.place[starts[at]]:
+        if index.epoch[starts[at - 1]] != index.epoch[packet]:
+            break
+        at -= 1
+    return int(starts[at])
+
+
+def earlier_start(index: PacketIndex, first: int, keyframes: int) -> int:
+    """The packet `keyframes` keyframes before `first`, within the same stretch of the clock."""
+    starts = index.starts
+    at = int(np.searchsorted(starts, first, "right")) - 1
+    back = max(0, at - keyframes)
+    while back < at and index.epoch[starts[back]] != index.epoch[first]:
+        back += 1
+    return int(starts[back])
+
+
+def worker_count(workers: int | None) -> int:
+    """Check the number of workers asked for; None means one for each core we may use.
+
+    Raises:
+        MediaError: the number is below 1.
+    """
+    if workers is None:
+        return cpu_limit()
+    if workers < 1:
+        raise MediaError(f"workers must be at least 1, got {workers}; None means all cores")
+    return workers
+
+
+def cpu_limit() -> int:
+    """Cores this process may use: the least of affinity mask and container quota."""
+    count: int | None = getattr(os, "process_cpu_count", os.cpu_count)()
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    return max(1, min(count or 1, _quota()))
+
+
+def _quota() -> int:
+    """Cores granted by the control group (versions 2 and 1), rounded up."""
+    for read in (_quota_v2, _quota_v1):
+        try:
+            return max(1, math.ceil(read()))
+        except (OSError, ValueError):
+            continue
+    return 1 << 16
+
+
+def _quota_v2() -> float:
+    quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    return float(int(quota)) / int(period)  # "max" is no number: no limit
+
+
+def _quota_v1() -> float:
+    folder = Path("/sys/fs/cgroup/cpu")
+    quota = int((folder / "cpu.cfs_quota_us").read_text())
+    if quota < 0:
+        raise ValueError("no limit")
+    return quota / int((folder / "cpu.cfs_period_us").read_text())
