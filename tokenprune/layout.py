@@ -56,8 +56,8 @@ class TokenLayout:
         return len(self.position)
 
     def __repr__(self) -> str:
-        items = self.item.unique().numel()
-        canvases = self.canvas.unique().numel()
+        items = len(torch.unique(self.item))
+        canvases = len(torch.unique(self.canvas))
         return f"TokenLayout({len(self)} tokens, {items} items, {canvases} canvases)"
 
     def __getitem__(self, rows: Tensor) -> TokenLayout:
@@ -94,4 +94,5 @@ class TokenLayout:
 def _number(*columns: Tensor) -> Tensor:
     """Give equal rows of the columns one number, in increasing order of the rows."""
     stacked = torch.stack(columns, dim=1)
-    return torch.unique(stacked, dim=0, return_inverse=True)[1]
+    number: Tensor = torch.unique(stacked, dim=0, return_inverse=True)[1]
+    return number

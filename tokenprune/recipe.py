@@ -86,7 +86,7 @@ def _parse_step(step: str, text: str) -> Method:
 
 def _settings(inside: str, text: str) -> Iterator[tuple[str, Value]]:
     at = 0
-    for match in iter(lambda: _SETTING.match(inside, at), None):
+    while match := _SETTING.match(inside, at):
         yield match[1], _read(match[2])
         at = match.end()
     if at != len(inside):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tokenprune.errors import RecipeError
+
 __all__ = ["Merge", "Selection", "check_keep", "count"]
 
 
@@ -27,8 +29,6 @@ def check_keep(keep: float | int, *, name: str = "keep") -> None:
     Raises:
         RecipeError: It is neither a share in (0, 1] nor a count of at least 1.
     """
-    from tokenprune.errors import RecipeError
-
     whole = isinstance(keep, int) and not isinstance(keep, bool)
     share = isinstance(keep, float) and 0.0 < keep <= 1.0
     if not (share or (whole and keep >= 1)):

@@ -1,1 +1,1 @@
-""""""
+"""Pruning methods: one published method per file, and the selectors they share."""
