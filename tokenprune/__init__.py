@@ -1,3 +1,45 @@
-"""Prune the visual and audio tokens that multimodal language models do not need."""
+"""Prune the visual and audio tokens that multimodal language models do not need.
+
+```python
+with prune(model, VFlowOpt(keep=0.1)) as report:
+    output = model.generate(**inputs, max_new_tokens=64)
+print(report)
+```
+"""
+
+from tokenprune.adapter import adapter_for, list_models
+from tokenprune.engine import prune
+from tokenprune.errors import (
+    DecodeError,
+    MediaError,
+    MissingExtraError,
+    NoVideoStreamError,
+    RecipeError,
+    TokenPruneError,
+    UnsupportedModelError,
+)
+from tokenprune.layout import TokenLayout
+from tokenprune.recipe import Recipe
+from tokenprune.report import Report
+from tokenprune.selection import Selection
+from tokenprune.stage import list_methods
+
+__all__ = [
+    "DecodeError",
+    "MediaError",
+    "MissingExtraError",
+    "NoVideoStreamError",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "Selection",
+    "TokenLayout",
+    "TokenPruneError",
+    "UnsupportedModelError",
+    "adapter_for",
+    "list_methods",
+    "list_models",
+    "prune",
+]
 
 __version__ = "0.1.0"

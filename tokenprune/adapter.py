@@ -27,11 +27,13 @@ class MediaCall:
         modality: What was encoded.
         arguments: The bound arguments of `get_image_features` and its kin.
         maps: By the name of an encoder stage: one `[Nv]` float32 map a view, in encoding order.
+        items: What it encoded; filled in by `Adapter.layouts`.
     """
 
     modality: Modality
     arguments: dict[str, Any]
     maps: dict[str, list[Tensor]] = field(default_factory=dict)
+    items: list[Item] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,11 @@ class Adapter(ABC):
         return {name: getattr(self.config, f"{name}_token_id") for name in self.modalities}
 
     def encoders(self) -> dict[str, Modality]:
-        """Methods of `base_model` that encode media, by name, with what they encode."""
+        """Methods that encode media, by name, with what they encode.
+
+        A name is that of a method of `base_model`, or a dotted path to a method of a module inside
+        it ("audio_tower.forward") where a family has no method for it.
+        """
         return {f"get_{name}_features": name for name in self.modalities}
 
     # -- what tokens stand for
@@ -178,11 +184,11 @@ class Adapter(ABC):
         """Bring maps of the encoder's views to the media tokens, as the model packs features.
 
         Args:
-            call: The encoder call.
+            call: The encoder call, its `items` filled in.
             maps: One `[Nv]` map a view.
 
         Returns:
-            For each item of `items(call)` a map `[N]` of its real tokens.
+            For each of `call.items` a map `[N]` of its real tokens.
         """
         raise UnsupportedModelError(
             f"{self.config.model_type} does not align encoder maps; use a method without them"
@@ -217,44 +223,52 @@ class Adapter(ABC):
         ids = input_ids.cpu()
         queues: dict[Modality, list[_Queued]] = {name: [] for name in self.modalities}
         for number, call in enumerate(calls):
-            for index, item in enumerate(self.items(call, prompt)):
-                queues[call.modality].append(_Queued(call.modality, number, index, item))
-        repeats = self._repeats(ids, queues)
-        samples = [self._take(row, queues) for row in ids[::repeats]]
-        return [self._layout(row, samples[b // repeats], offset) for b, row in enumerate(ids)]
+            call.items = self.items(call, prompt)
+            for place, item in enumerate(call.items):
+                queues[call.modality].append(_Queued(call.modality, number, place, item))
+        rows: list[list[_Placed]] = [[] for _ in ids]
+        for modality, token in self.token_ids().items():
+            # With beams, pictures were encoded once a sample, but sound may be encoded once a row.
+            repeats = self._repeats(ids, modality, queues[modality])
+            for b, row in enumerate(ids):
+                if b % repeats == 0:
+                    taken = self._take((row == token).nonzero()[:, 0], queues[modality])
+                rows[b] += taken
+        return [self._layout(placed, offset) for placed in rows]
 
-    def _repeats(self, ids: Tensor, queues: dict[Modality, list[_Queued]]) -> int:
+    def _repeats(self, ids: Tensor, modality: Modality, queue: list[_Queued]) -> int:
         """How many adjacent rows share one sample."""
-        for modality, token in self.token_ids().items():
-            placeholders = int((ids == token).sum())
-            encoded = sum(len(queued.item.real) for queued in queues[modality])
-            if placeholders == encoded:
-                continue
-            repeats = placeholders // max(1, encoded)
-            if encoded and placeholders == encoded * repeats and len(ids) % repeats == 0:
-                return repeats
-            raise UnsupportedModelError(
-                f"the prompt holds {placeholders} {modality} placeholders, but {encoded} {modality}"
-                " tokens were encoded; let the model's processor expand the placeholders, and give "
-                "media as pixels or sound, not as features"
-            )
-        return 1
+        placeholders = int((ids == self.token_ids()[modality]).sum())
+        encoded = sum(len(queued.item.real) for queued in queue)
+        if placeholders == encoded:
+            return 1
+        repeats = placeholders // max(1, encoded)
+        if encoded and placeholders == encoded * repeats and len(ids) % repeats == 0:
+            return repeats
+        raise UnsupportedModelError(
+            f"the prompt holds {placeholders} {modality} placeholders, but {encoded} {modality} "
+            "tokens were encoded; let the model's processor expand the placeholders, and give "
+            "media as pixels or sound, not as features"
+        )
 
-    def _take(self, row: Tensor, queues: dict[Modality, list[_Queued]]) -> list[_Placed]:
-        """Take the items of one row off the queues, in the order in which they appear."""
+    def _take(self, where: Tensor, queue: list[_Queued]) -> list[_Placed]:
+        """Take the items of one row, whose placeholders lie at `where`, off the queue."""
         placed = []
-        for modality, token in self.token_ids().items():
-            where = (row == token).nonzero()[:, 0]
-            while len(where):
-                queued = queues[modality].pop(0)
-                length = len(queued.item.real)
-                placed.append(_Placed(queued, where[:length]))
-                where = where[length:]
-        return sorted(placed, key=lambda one: int(one.where[0]))
+        while len(where):
+            length = len(queue[0].item.real) if queue else 0
+            if not 0 < length <= len(where):
+                raise UnsupportedModelError(
+                    "the placeholders of a row of the batch do not hold whole images, clips or "
+                    "sounds; give media in the order of the rows"
+                )
+            placed.append(_Placed(queue.pop(0), where[:length]))
+            where = where[length:]
+        return placed
 
     def _layout(
-        self, row: Tensor, placed: list[_Placed], offset: int
+        self, placed: list[_Placed], offset: int
     ) -> tuple[TokenLayout, list[tuple[int, int]]]:
+        placed = sorted(placed, key=lambda one: int(one.where[0]))
         columns: list[list[Tensor]] = [[] for _ in range(8)]
         canvases = 0
         for number, (queued, where) in enumerate(placed):
@@ -275,17 +289,17 @@ class Adapter(ABC):
             canvases += int(item.canvas.max()) + 1 if len(item.canvas) else 0
         if not placed:
             none = torch.zeros(0, dtype=torch.int64)
-            return TokenLayout(*[none] * 7, seconds=none.to(torch.float64)), []
+            return TokenLayout(*[none] * 7, none.to(torch.float64)), []
         layout = TokenLayout(*(torch.cat(column) for column in columns))
         # Audio inside a video interleaves two items.
         layout = layout[layout.position.argsort()]
-        return layout, [(queued.call, queued.index) for queued, _ in placed]
+        return layout, [(queued.call, queued.place) for queued, _ in placed]
 
 
 class _Queued(NamedTuple):
     modality: Modality
     call: int
-    index: int
+    place: int
     item: Item
 
 

@@ -1,0 +1,185 @@
+"""Attention over pruned rows and keys: masks at logical indices, and single rows of scores."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+__all__ = ["LazyMask", "attention_row", "base_attention", "last_query_mask", "mask_for_kernel"]
+
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class LazyMask:
+    """A mask that is still a function of indices, to be evaluated where rows and keys are known.
+
+    transformers builds its masks from functions `f(batch, head, query, key) -> bool`. Evaluated at
+    the logical indices of what pruning left, they are right for any pattern: causal, padding,
+    sliding window, image blocks.
+
+    Attributes:
+        function: The mask function, without padding.
+        padding: `[B, N]` bool over the logical sequence, False at padding; None if there is none.
+        plain: Whether the mask is causal and nothing else.
+    """
+
+    def __init__(self, function: MaskFunction, padding: Tensor | None) -> None:
+        self.function = function
+        # transformers looks at the whole padding mask once a forward too, to skip it if it can.
+        self.padding = None if padding is None or bool(padding.all()) else padding.bool()
+        self.causal = function is causal_mask_function
+        self.plain = self.causal and self.padding is None
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __call__(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Evaluate the mask.
+
+        Args:
+            queries: `[B, Q]` logical indices, -1 for holes.
+            keys: `[B, H, S]` logical indices, H is 1 if all heads agree, -1 for holes.
+
+        Returns:
+            `[B, H, Q, S]` bool, True where a query may look.
+        """
+        if self._last is not None and self._last[0] is queries and self._last[1] is keys:
+            return self._last[2]
+        batch = torch.arange(queries.shape[0], device=queries.device).view(-1, 1, 1, 1)
+        query = queries.clamp_min(0)[:, None, :, None]
+        key = keys.clamp_min(0)[:, :, None, :]
+        mask = self.function(batch, torch.zeros_like(batch[:1]), query, key)
+        if self.padding is not None:
+            mask = mask & self.padding[batch, key]
+        mask = mask & (keys >= 0)[:, :, None, :]
+        mask = mask.expand(-1, keys.shape[1], queries.shape[1], -1)
+        self._last = (queries, keys, mask)
+        return mask
+
+
+def base_attention(name: str, module: nn.Module) -> AttentionFunction:
+    """The attention function that the model would have called itself."""
+    if name == "eager":
+        # Model files have variants of their own (soft caps, sinks).
+        function: AttentionFunction = sys.modules[type(module).__module__].eager_attention_forward
+        return function
+    return ALL_ATTENTION_FUNCTIONS[name]  # type: ignore[no-any-return]
+
+
+def mask_for_kernel(
+    mask: LazyMask | Tensor | None,
+    name: str,
+    query: Tensor,
+    rows: Tensor,
+    keys: Tensor,
+    holes: bool,
+) -> tuple[str, Tensor | None]:
+    """The mask in the form that an attention kernel wants, in physical coordinates.
+
+    Args:
+        mask: What the model made of the mask interface, or a user's ready `[B, 1 or H, Q, S]` mask
+            over the logical sequence.
+        name: The attention implementation.
+        query: `[B, heads, Q, d]`.
+        rows: `[B, Q]` logical indices of the queries.
+        keys: `[B, 1 or H, S]` logical indices of the keys.
+        holes: Whether rows or keys have holes.
+
+    Returns:
+        The implementation to use, which is SDPA where flash kernels cannot express the mask, and
+        the mask: None, `[B, S]` for flash kernels, else `[B, 1 or heads, Q, S]`.
+    """
+    queries, stored = query.shape[2], keys.shape[-1]
+    if isinstance(mask, LazyMask):
+        if "flash" in name:
+            # Flash kernels know which keys are valid and that queries are the last of them.
+            if mask.causal and (keys.shape[1] == 1 or not holes):
+                return name, _valid_keys(mask, keys) if holes or mask.padding is not None else None
+            name = "sdpa"
+        # Without a mask SDPA is causal and eager is not, so eager only goes without for one query.
+        square = queries == stored and name != "eager"
+        if mask.plain and not holes and (queries == 1 or square):
+            return name, None
+        dense = mask(rows, keys)
+    elif isinstance(mask, Tensor) and mask.ndim == 4:
+        dense = _gather_dense(mask, rows, keys)
+    else:
+        return name, mask
+    return name, _for_heads(dense, name, query)
+
+
+def _valid_keys(mask: LazyMask, keys: Tensor) -> Tensor:
+    valid = keys[:, 0] >= 0
+    if mask.padding is not None:
+        valid = valid & mask.padding.gather(1, keys[:, 0].clamp_min(0))
+    return valid
+
+
+def _gather_dense(mask: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
+    """Pick the rows and columns of a ready mask; its rows are the newest of the sequence."""
+    batch, heads = rows.shape[0], max(mask.shape[1], keys.shape[1])
+    mask = mask.expand(batch, heads, -1, -1)
+    first = mask.shape[3] - mask.shape[2]
+    row = (rows - first).clamp_min(0)[:, None, :, None]
+    mask = mask.gather(2, row.expand(-1, heads, -1, mask.shape[3]))
+    column = keys.clamp_min(0)[:, :, None, :]
+    mask = mask.gather(3, column.expand(-1, heads, mask.shape[2], -1))
+    valid = (keys >= 0)[:, :, None, :]
+    if mask.dtype == torch.bool:
+        return mask & valid
+    return mask.masked_fill(~valid, torch.finfo(mask.dtype).min)
+
+
+def _for_heads(mask: Tensor, name: str, query: Tensor) -> Tensor:
+    """Repeat a mask of key-value heads for query heads; make it additive for eager kernels."""
+    if mask.shape[1] not in (1, query.shape[1]):
+        mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
+    if name == "eager" and mask.dtype == torch.bool:
+        none = torch.zeros((), dtype=query.dtype, device=mask.device)
+        return torch.where(mask, none, torch.finfo(query.dtype).min)
+    return mask
+
+
+def attention_row(
+    query: Tensor,
+    keys: Tensor,
+    scaling: float | None,
+    mask: Tensor | None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Softmaxed attention of one query of each head; never more than one row is made.
+
+    Args:
+        query: `[B, heads, 1, d]`.
+        keys: `[B, H, S, d]`.
+        scaling: Factor on the scores; None for `d ** -0.5`.
+        mask: `[B, 1 or H, 1, S]` bool; None if the query sees every key.
+        softcap: Scores are squashed to this range, if the model does so.
+
+    Returns:
+        `[B, heads, S]` float32.
+    """
+    batch, heads, _, width = query.shape
+    groups = query.view(batch, keys.shape[1], -1, width)  # [B, H, heads / H, d]
+    scores = (groups @ keys.transpose(2, 3)).float()  # [B, H, heads / H, S]
+    scores = scores * (width**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1).view(batch, heads, -1)
+
+
+def last_query_mask(mask: Any, rows: Tensor, keys: Tensor) -> Tensor | None:
+    """The mask of the newest query, `[B, 1 or H, 1, S]` bool; None if it sees every key."""
+    if isinstance(mask, LazyMask):
+        return mask(rows[:, -1:], keys)
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        dense = _gather_dense(mask, rows[:, -1:], keys)
+        return dense if dense.dtype == torch.bool else dense > torch.finfo(dense.dtype).min / 2
+    return None if bool((keys >= 0).all()) else (keys >= 0)[:, :, None, :]

@@ -1,0 +1,29 @@
+"""Time stamps that do not make an accelerator wait."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+__all__ = ["Mark"]
+
+
+class Mark:
+    """A moment in the work of a module's device."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._seconds = time.perf_counter()
+        parameter = next(module.parameters(), None)
+        if parameter is not None and parameter.device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record(torch.cuda.current_stream(parameter.device))
+
+    def seconds_since(self, earlier: Mark) -> float:
+        """Seconds between two moments; waits for the later one."""
+        if self._event is None or earlier._event is None:
+            return self._seconds - earlier._seconds
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1000.0
