@@ -289,7 +289,7 @@ class Adapter(ABC):
             canvases += int(item.canvas.max()) + 1 if len(item.canvas) else 0
         if not placed:
             none = torch.zeros(0, dtype=torch.int64)
-            return TokenLayout(*[none] * 7, none.to(torch.float64)), []
+            return TokenLayout(*[none] * 7 + [none.to(torch.float64)]), []
         layout = TokenLayout(*(torch.cat(column) for column in columns))
         # Audio inside a video interleaves two items.
         layout = layout[layout.position.argsort()]

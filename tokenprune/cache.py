@@ -73,6 +73,9 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         window: How far back queries look; None for full attention.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, clock: Clock, window: int | None = None) -> None:
         super().__init__()
         self.clock = clock

@@ -79,4 +79,5 @@ def split_views(
         yield query, key
         return
     lengths = (boundaries[1:] - boundaries[:-1]).tolist()
-    yield from zip(query.split(lengths, dim=2), key.split(lengths, dim=2), strict=True)
+    queries, keys = torch.split(query, lengths, dim=2), torch.split(key, lengths, dim=2)
+    yield from zip(queries, keys, strict=True)

@@ -94,7 +94,7 @@ class Patch:
         self.report = Report(recipe=str(recipe))
         self._check(positions)
         self._compact = positions == "compact"
-        self._lm = self.adapter.language_model
+        self._lm: Any = self.adapter.language_model
         self._signature = inspect.signature(self._lm.forward)
         self._by_site = _Sites(self.stages)
         self._media: list[MediaCall] = []
@@ -148,7 +148,7 @@ class Patch:
         self._media.clear()
 
     def _install(self, stack: ExitStack) -> None:
-        config = self._lm.config
+        config: Any = self._lm.config
         self._base = str(config._attn_implementation)
         # A flash name would send transformers down paths that do not ask for a mask function.
         _switch_attention(stack, config, f"tokenprune_{id(self):x}", self._attention, self._mask)
@@ -173,7 +173,7 @@ class Patch:
 
     def _install_tower(self, stack: ExitStack, tower: Tower) -> None:
         inside = set(tower.block.modules())
-        configs = {
+        configs: dict[int, Any] = {
             id(module.config): module.config
             for module in inside
             if hasattr(getattr(module, "config", None), "_attn_implementation")
@@ -613,10 +613,20 @@ def _replace_hidden(
     return args, {**kwargs, "hidden_states": hidden}
 
 
-def _shadow(stack: ExitStack, module: nn.Module, name: str, decorate: Callable[[Any], Any]) -> None:
-    """Put a decorated method on the instance, in front of its class's."""
+def _shadow(stack: ExitStack, module: nn.Module, path: str, decorate: Callable[[Any], Any]) -> None:
+    """Put a decorated method on an instance, in front of its class's or of what others put there.
+
+    Args:
+        module: Where `path` begins.
+        path: Name of the method, below submodules if it has dots.
+    """
+    below, _, name = path.rpartition(".")
+    module = module.get_submodule(below)
+    if name in vars(module):
+        stack.callback(setattr, module, name, vars(module)[name])
+    else:
+        stack.callback(delattr, module, name)
     setattr(module, name, decorate(getattr(module, name)))
-    stack.callback(delattr, module, name)
 
 
 def _switch_attention(stack: ExitStack, config: Any, name: str, attend: Any, mask: Any) -> None:

@@ -91,8 +91,9 @@ class TokenLayout:
         return _number(self.item, second)
 
 
-def _number(*columns: Tensor) -> Tensor:
-    """Give equal rows of the columns one number, in increasing order of the rows."""
-    stacked = torch.stack(columns, dim=1)
-    number: Tensor = torch.unique(stacked, dim=0, return_inverse=True)[1]
+def _number(major: Tensor, minor: Tensor | None = None) -> Tensor:
+    """Give equal pairs one number, in increasing order of the pairs; `minor` is above -2**31."""
+    # One sort of integers: comparing rows is ten times slower.
+    key = major if minor is None else major * 2**32 + minor
+    number: Tensor = torch.unique(key, return_inverse=True)[1]
     return number

@@ -134,7 +134,7 @@ class Prefill:
                     alive=rows.to(device),
                     text=text.nonzero()[:, 0].to(device),
                     encoder_map=maps.of(layout, items, device),
-                    modalities=frozenset(layout.modality.unique().tolist()),
+                    modalities=frozenset(layout.modality.tolist()),
                 )
             )
         self.entries = torch.zeros(len(self.samples), shape.layers, shape.kv_heads, dtype=torch.int)

@@ -176,9 +176,10 @@ class Method(ABC):
         """
         for stage in self.stages(shape):
             site = stage.site
-            used = (site.index,) if isinstance(site, Layer) else ()
-            used = site.layers or () if isinstance(site, Cache) else used
-            for layer in used:
+            layers: tuple[int, ...] = (site.index,) if isinstance(site, Layer) else ()
+            if isinstance(site, Cache):
+                layers = site.layers or ()
+            for layer in layers:
                 if not 0 <= layer < shape.layers:
                     raise RecipeError(
                         f"{self.name} acts at layer {layer}, but the model has layers 0 to "

@@ -18,7 +18,7 @@ class Mark:
         self._seconds = time.perf_counter()
         parameter = next(module.parameters(), None)
         if parameter is not None and parameter.device.type == "cuda":
-            self._event = torch.cuda.Event(enable_timing=True)
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(parameter.device))
 
     def seconds_since(self, earlier: Mark) -> float:
@@ -26,4 +26,4 @@ class Mark:
         if self._event is None or earlier._event is None:
             return self._seconds - earlier._seconds
         self._event.synchronize()
-        return earlier._event.elapsed_time(self._event) / 1000.0
+        return float(earlier._event.elapsed_time(self._event)) / 1000.0

@@ -1,0 +1,122 @@
+"""Pictures of what was kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from tokenprune.errors import MediaError
+from tokenprune.layout import AUDIO, TokenLayout
+
+__all__ = ["overlay"]
+
+_GAP = 4
+_LARGEST = 1600  # pixels that a side of the whole picture may have
+_MOST_FRAMES = 64
+_DARK = 0.16  # brightness of what is gone
+
+
+def overlay(
+    layout: TokenLayout, presence: Tensor, frames: Any, columns: int | None = None
+) -> Image.Image:
+    """Draw frames side by side, dark where tokens were dropped.
+
+    The brightness of a cell is the share of layers and heads that still hold its token. Of a
+    tiled image the first canvas is drawn; of long videos every n-th frame.
+
+    Args:
+        layout: `N` media tokens of one sample.
+        presence: `[N]` in [0, 1].
+        frames: `[F, 3, H, W]` uint8, or a sequence of PIL images or `[H, W, 3]` arrays.
+        columns: Frames side by side; by default about as wide as high.
+
+    Raises:
+        MediaError: There are no frames, or no visual tokens, to draw.
+    """
+    pictures = _pictures(frames)
+    canvases = _canvases(layout)
+    if not pictures or not canvases:
+        raise MediaError(
+            f"an overlay needs frames and visual tokens, got {len(pictures)} frames and "
+            f"{len(canvases)} canvases"
+        )
+    step = math.ceil(len(pictures) / _MOST_FRAMES)
+    drawn = []
+    for number in range(0, len(pictures), step):
+        # Several frames may share one canvas: Qwen-VL folds two into a temporal patch.
+        rows = canvases[number * len(canvases) // len(pictures)]
+        drawn.append(_shade(pictures[number], layout, presence, rows))
+    return _tile(drawn, columns)
+
+
+def _pictures(frames: Any) -> list[Image.Image]:
+    if isinstance(frames, Image.Image):
+        return [frames.convert("RGB")]
+    if isinstance(frames, Tensor):
+        frames = frames.detach().cpu().permute(0, 2, 3, 1).numpy()
+    return [
+        frame.convert("RGB") if isinstance(frame, Image.Image) else Image.fromarray(frame)
+        for frame in (frames if isinstance(frames, Sequence) else np.asarray(frames))
+    ]
+
+
+def _canvases(layout: TokenLayout) -> list[Tensor]:
+    """Rows of the layout that lie on each canvas to draw, in order."""
+    found: dict[tuple[int, int], Tensor] = {}
+    visual = layout.modality != AUDIO
+    for canvas in sorted(set(layout.canvas[visual].tolist())):
+        rows = ((layout.canvas == canvas) & visual).nonzero()[:, 0]
+        place = int(layout.item[rows[0]]), int(layout.frame[rows[0]])
+        found.setdefault(place, rows)
+    return list(found.values())
+
+
+def _shade(
+    picture: Image.Image, layout: TokenLayout, presence: Tensor, rows: Tensor
+) -> Image.Image:
+    height, width = int(layout.row[rows].max()) + 1, int(layout.column[rows].max()) + 1
+    light = torch.full((height, width), _DARK)
+    light[layout.row[rows], layout.column[rows]] = _DARK + (1 - _DARK) * presence[rows].float()
+    scale = max(1, 160 // picture.width)
+    picture = picture.resize(
+        (picture.width * scale, picture.height * scale), Image.Resampling.NEAREST
+    )
+    mask = Image.fromarray((light.numpy() * 255).astype(np.uint8)).resize(
+        picture.size, Image.Resampling.NEAREST
+    )
+    shaded = Image.composite(picture, Image.new("RGB", picture.size), mask)
+    _grid(shaded, height, width)
+    return shaded
+
+
+def _grid(picture: Image.Image, height: int, width: int) -> None:
+    """Thin lines between the cells."""
+    draw = ImageDraw.Draw(picture)
+    for row in range(1, height):
+        y = row * picture.height // height
+        draw.line([(0, y), (picture.width, y)], fill=(70, 70, 70))
+    for column in range(1, width):
+        x = column * picture.width // width
+        draw.line([(x, 0), (x, picture.height)], fill=(70, 70, 70))
+
+
+def _tile(pictures: list[Image.Image], columns: int | None) -> Image.Image:
+    wide, high = max(p.width for p in pictures), max(p.height for p in pictures)
+    if columns is None:
+        columns = max(1, round(math.sqrt(len(pictures) * high / wide)))
+    rows = math.ceil(len(pictures) / columns)
+    size = columns * (wide + _GAP) - _GAP, rows * (high + _GAP) - _GAP
+    whole = Image.new("RGB", size, (255, 255, 255))
+    for number, picture in enumerate(pictures):
+        x, y = number % columns * (wide + _GAP), number // columns * (high + _GAP)
+        whole.paste(picture, (x, y))
+    factor = _LARGEST / max(whole.size)
+    if factor < 1:
+        whole = whole.resize((int(whole.width * factor), int(whole.height * factor)))
+    return whole
