@@ -1,0 +1,54 @@
+"""LLaVA-NeXT-Video: images as in LLaVA-NeXT, frames pooled before the projector."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tokenprune.adapter import Item, MediaCall
+from tokenprune.adapters.llava_next import LlavaNext
+from tokenprune.layout import Modality
+
+__all__ = ["LlavaNextVideo"]
+
+
+class LlavaNextVideo(LlavaNext):
+    """LLaVA-NeXT-Video. The model is not told when its frames were taken."""
+
+    model_types = ("llava_next_video",)
+    modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
+
+    def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
+        if call.modality == "image":
+            return super().items(call, prompt)
+        clips, frames = call.arguments["pixel_values_videos"].shape[:2]
+        side = self._pooled_side()
+        return [Item.grid(frames, side, side, video=True) for _ in range(clips)]
+
+    def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
+        if call.modality == "image":
+            return super().align(call, maps)
+        clips = call.arguments["pixel_values_videos"].shape[0]
+        pooled = self._pool(torch.stack(maps))  # [clips * frames, tokens]
+        return list(pooled.reshape(clips, -1))
+
+    def _pictures(self, call: MediaCall) -> Tensor:
+        if call.modality == "image":
+            return super()._pictures(call)
+        pixels: Tensor = call.arguments["pixel_values_videos"]
+        return pixels.flatten(0, 1)
+
+    def _pooled_side(self) -> int:
+        """Tokens along a side of a frame."""
+        return self.side // int(self.config.spatial_pool_stride)
+
+    def _pool(self, maps: Tensor) -> Tensor:
+        """Pool maps of frames `[F, Nv]` as the model pools their features."""
+        stride = self.config.spatial_pool_stride
+        # A learned pooling has no counterpart for maps: its weights are for features.
+        largest = self.config.spatial_pool_mode == "max"
+        pool = functional.max_pool2d if largest else functional.avg_pool2d
+        return pool(maps.reshape(-1, self.side, self.side), stride).flatten(1)

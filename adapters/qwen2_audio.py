@@ -1,0 +1,58 @@
+"""Qwen2-Audio: 25 tokens a second of sound."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from tokenprune.adapter import Adapter, Item, MediaCall
+from tokenprune.errors import UnsupportedModelError
+from tokenprune.layout import Modality
+
+__all__ = ["SECONDS_PER_TOKEN", "Qwen2Audio", "sounds"]
+
+SECONDS_PER_TOKEN: Final = 4 * 160 / 16_000
+"""Four mel frames, 160 samples apart, at 16 kHz."""
+
+
+def sounds(mel_frames: Tensor) -> list[Item]:
+    """Sounds of so many mel frames: a convolution of stride two, then a mean over two."""
+    tokens = ((mel_frames - 1) // 2 + 1) // 2
+    return [Item.sound(count, seconds_per_token=SECONDS_PER_TOKEN) for count in tokens.tolist()]
+
+
+class Qwen2Audio(Adapter):
+    """Qwen2-Audio. Prompts with one placeholder a clip, widened inside the model, are refused."""
+
+    model_types = ("qwen2_audio",)
+    modalities = ("audio",)
+
+    def encoders(self) -> dict[str, Modality]:
+        if hasattr(self.base_model, "get_audio_features"):
+            return super().encoders()
+        return {"audio_tower.forward": "audio"}
+
+    def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
+        mask = prompt.get("feature_attention_mask")
+        mask = call.arguments.get("feature_attention_mask") if mask is None else mask
+        if mask is None:
+            raise UnsupportedModelError(
+                "how long each sound is remains unknown without feature_attention_mask; pass all "
+                "that the model's processor returns"
+            )
+        items = sounds(mask.sum(dim=-1))
+        self._check(prompt.get("input_ids"), items)
+        return items
+
+    def _check(self, ids: Tensor | None, items: list[Item]) -> None:
+        if ids is None or not any(len(item.real) > 1 for item in items):
+            return
+        held = ids == self.config.audio_token_id
+        if not torch.any(held[:, 1:] & held[:, :-1]):
+            raise UnsupportedModelError(
+                f"the prompt holds {int(held.sum())} audio placeholders for {len(items)} sounds, "
+                "one each, and the model would widen them itself, which cannot be pruned; let the "
+                "model's processor expand the placeholders (give it text and sound in one call)"
+            )
