@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tokenprune.errors import DecodeError, MediaError
 from tokenprune.media.demux import PacketReader
 from tokenprune.media.index import Ints, PacketIndex
-from tokenprune.media.pictures import PictureDecoder, Resizer
-from tokenprune.media.plan import Unit, earlier_start, plan_units
-
-RETRY_KEYFRAMES = (0, 1, 4)  # how far back to begin again, without skipping, for a lost frame
+from tokenprune.media.pictures import Resizer
+from tokenprune.media.plan import Unit, plan_units
+from tokenprune.media.worker import Packets, UnitDecoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +70,7 @@ class FrameDecoder:
         self._blocks: dict[int, Tensor] = {}
         self._left: dict[int, int] = {}  # rows still to be written, by block
         self._substituted: set[int] = set()
-        self._decoders: list[PictureDecoder] = []
+        self._decoders: list[UnitDecoder] = []
         self._delivered = 0
         self._error: BaseException | None = None
         self._closed = False
@@ -147,12 +145,18 @@ class FrameDecoder:
     def _work(self) -> None:
         """One worker: take the next unit, decode it, until there is none."""
         try:
-            decoder = PictureDecoder(self._index, self._codec_threads)
+            resize = Resizer(self._size, self._index.info.rotation)
+            decoder = UnitDecoder(self._index, self._reader, self._codec_threads)
             self._decoders.append(decoder)
+
+            def store(row: int, picture: Any, is_substitute: bool, in_order: bool) -> None:
+                if in_order:  # else an earlier frame is missing, maybe the one awaited: no waiting
+                    self._await_room(row)
+                self._store(resize, row, picture, is_substitute)
+
             try:
-                resize = Resizer(self._size, self._index.info.rotation)
                 while (task := self._next_unit()) is not None:
-                    self._decode(decoder, resize, *task)
+                    decoder.decode(*task, store)
             finally:
                 decoder.close()
         except _Stop:
@@ -164,7 +168,7 @@ class FrameDecoder:
             with self._change:
                 self._change.notify_all()
 
-    def _next_unit(self) -> tuple[Unit, list[tuple[int, Any]]] | None:
+    def _next_unit(self) -> tuple[Unit, Packets] | None:
         with self._turn:
             unit = next(self._units, None)
             if unit is None:
@@ -172,45 +176,14 @@ class FrameDecoder:
             self._await_room(unit.row)
             return unit, self._reader.read(unit.first, unit.last)
 
-    def _decode(
-        self, decoder: PictureDecoder, resize: Resizer, unit: Unit, packets: list[tuple[int, Any]]
-    ) -> None:
-        """Decode a unit; begin again further back for frames that did not come."""
-        due = unit.row  # the row that comes next if all goes well
-
-        def write(row: int, picture: Any, is_substitute: bool) -> None:
-            nonlocal due
-            if row == due:  # once a frame is missing it may be the one awaited: never wait again
-                self._await_room(row)
-                due += 1
-            block, at = self._block(row)
-            resize(picture, block[at].numpy())
-            with self._change:
-                if is_substitute:
-                    self._substituted.add(row)
-                self._left[row // self._group] -= 1
-                self._change.notify_all()
-
-        rows = list(range(unit.row, unit.row + len(unit.ranks)))
-        missing = decoder.run(packets, unit, rows, write, skip=self._index.skippable)
-        due = -1
-        for keyframes in RETRY_KEYFRAMES:
-            if not missing:
-                return
-            last_try = keyframes == RETRY_KEYFRAMES[-1]
-            first = earlier_start(self._index, unit.first, keyframes)
-            packets = self._reader.read(first, self._after(unit.last) if last_try else unit.last)
-            missing = decoder.run(packets, unit, missing, write, substitute=last_try)
-        if missing:
-            rank = int(unit.ranks[missing[0] - unit.row])
-            name = self._index.info.path
-            raise DecodeError(f"{name!r} is damaged: nothing near frame {rank} can be decoded")
-
-    def _after(self, packet: int) -> int:
-        """A packet so far after this one that a picture can be decoded before it."""
-        starts = self._index.starts
-        at = int(np.searchsorted(starts, packet, "right")) + 1
-        return int(starts[at]) if at < len(starts) else len(self._index.pts) - 1
+    def _store(self, resize: Resizer, row: int, picture: Any, is_substitute: bool) -> None:
+        block, at = self._block(row)
+        resize(picture, block[at].numpy())
+        with self._change:
+            if is_substitute:
+                self._substituted.add(row)
+            self._left[row // self._group] -= 1
+            self._change.notify_all()
 
     def _await_room(self, row: int) -> None:
         """Wait until a row lies in the window; leave the worker when the decoder is closed."""

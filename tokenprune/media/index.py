@@ -186,7 +186,7 @@ def _build(container: Any, stream: Any, scan: _Scan) -> PacketIndex:
     place = np.empty(len(pts), np.int64)
     place[everything] = np.arange(len(pts))
     order = shown[np.argsort(place[shown])]
-    rate = float(stream.average_rate or stream.guessed_rate or 25)
+    rate = float(stream.guessed_rate or stream.average_rate or 25)
     seconds, step = _seconds(pts[order], era[order], tick, rate)
     last = scan.duration[int(order[-1])] * tick
     duration = float(seconds[-1]) + (last if timed and last > 0 else step)

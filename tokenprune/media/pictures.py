@@ -1,6 +1,7 @@
-"""Decoding one run of packets into the rows of its wanted frames."""
+"""Decoding runs of packets, and putting the wanted pictures where they belong."""
 
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -9,9 +10,9 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
+from tokenprune.media.damage import Counter, Decoded, Sieve
 from tokenprune.media.files import open_media, video_stream
-from tokenprune.media.index import PacketIndex
-from tokenprune.media.plan import Unit
+from tokenprune.media.index import Ints, PacketIndex
 
 Write = Callable[[int, Any, bool], None]
 GBR = (1, 2, 0)  # planes of swscale's planar RGB, as channels
@@ -49,97 +50,100 @@ class PictureDecoder:
         self._context = video_stream(container).codec_context
         self._context.thread_type = "FRAME" if threads > 1 else "NONE"
         self._context.thread_count = threads
+        self._delay = threads - 1
         self.pictures = 0  # that came out of the decoder so far
 
     def close(self) -> None:
         """Free the decoder."""
         self._stack.close()
 
-    def run(
-        self,
-        packets: Iterable[tuple[int, Any]],
-        unit: Unit,
-        rows: list[int],
-        write: Write,
-        *,
-        skip: bool = False,
-        substitute: bool = False,
-    ) -> list[int]:
-        """Decode packets until every wanted frame has been written.
+    def decode(
+        self, packets: Iterable[tuple[int, Any]], wanted: Ints, *, skip: bool
+    ) -> Iterator[Decoded]:
+        """The pictures of a run of packets, in presentation order.
 
         Args:
-            packets: the packets with their numbers in the index.
-            unit: the run that they belong to.
-            rows: the rows of the unit still wanted, increasing.
-            write: takes a row, the decoded picture for it, and whether that is a substitute.
+            packets: packets in decode order with their numbers in the index.
+            wanted: numbers of the packets whose pictures are wanted.
             skip: leave out pictures that neither are wanted nor serve another.
-            substitute: write the nearest earlier picture (or, before the first, the next one)
-                where a wanted one does not come.
-
-        Returns:
-            The rows of wanted frames that did not come.
         """
-        timed = self._index.timed
-        ranks = unit.ranks[np.array(rows) - unit.row]
-        targets = self._index.order[ranks]
-        places = self._index.place[targets] if timed else ranks
-        run = _Run(list(zip(places.tolist(), rows, strict=True)), write, substitute)
-        wanted = set(targets.tolist())
+        keep = set(wanted.tolist())
+        sieve = Sieve(self._index, self._delay) if self._index.timed else Counter()
         self._context.flush_buffers()
         self._context.skip_frame = "DEFAULT"
         for number, packet in packets:
             if skip:
-                self._context.skip_frame = "DEFAULT" if number in wanted else "NONREF"
-            if timed:  # the decoder hands a time on to the picture: let it be its place
-                packet.pts = packet.dts = int(self._index.place[number])
-            if run.take(self._decode(packet), timed):
-                return run.missing
-        run.take(self._decode(None), timed)
-        run.finish()
-        return run.missing
+                self._context.skip_frame = "DEFAULT" if number in keep else "NONREF"
+            # A decoder hands a packet's time on to its picture. Let that be the packet's place.
+            place = int(self._index.place[number])
+            packet.pts = packet.dts = place
+            sieve.feed(number, place, packet.is_corrupt)
+            for picture in self._step(packet, sieve):
+                yield from sieve.take(picture)
+        for picture in self._step(None, sieve):
+            yield from sieve.take(picture)
+        yield from sieve.rest()
 
-    def _decode(self, packet: Any) -> list[Any]:
+    def _step(self, packet: Any, sieve: Sieve | Counter) -> list[Any]:
         try:
             pictures = list(self._context.decode(packet))
-        except av.error.FFmpegError:  # a damaged packet gives no picture; its frame will be missed
+        except av.error.FFmpegError:
+            sieve.fail()
             return []
         self.pictures += len(pictures)
         return pictures
 
 
-class _Run:
-    """Matches decoded pictures with the wanted frames, both in presentation order."""
+def fill(
+    pictures: Iterable[Decoded],
+    places: Iterable[int],
+    rows: Iterable[int],
+    write: Write,
+    *,
+    substitute: bool,
+    counted: bool,
+) -> list[int]:
+    """Write the pictures that are wanted to their rows.
 
-    def __init__(self, wanted: list[tuple[int, int]], write: Write, substitute: bool) -> None:
-        self.missing: list[int] = []
-        self._wanted = wanted[::-1]  # the next one last
-        self._write = write
-        self._substitute = substitute
-        self._previous: Any = None
-        self._count = 0
+    Args:
+        pictures: decoded pictures in presentation order.
+        places: places of the wanted ones, increasing.
+        rows: their rows in the output.
+        write: takes a row, the picture for it, and whether that is a substitute.
+        substitute: where a wanted picture does not come, or is damaged, write the nearest earlier
+            sound one; or, if there is none, the next sound one; or else what there is.
+        counted: places are counted, so damaged pictures are written as they come.
 
-    def take(self, pictures: list[Any], timed: bool) -> bool:
-        """Use the pictures; True when nothing more is wanted."""
-        for picture in pictures:
-            place = picture.pts if timed else self._count
-            self._count += 1
-            if place is None:
-                continue
-            while self._wanted and self._wanted[-1][0] < place:
-                self._miss(picture if self._previous is None else self._previous)
-            if self._wanted and self._wanted[-1][0] == place:
-                self._write(self._wanted.pop()[1], picture, False)
-            self._previous = picture
-        return not self._wanted
+    Returns:
+        The rows that were not written.
+    """
+    due = deque(zip(places, rows, strict=True))
+    lost: list[int] = []
+    sound = latest = None
+    for place, picture, damaged in pictures:
+        while due and (due[0][0] < place or (due[0][0] == place and damaged and not counted)):
+            row = due.popleft()[1]
+            if substitute and sound is not None:
+                write(row, sound, True)
+            else:
+                lost.append(row)
+        if due and due[0][0] == place:
+            write(due.popleft()[1], picture, damaged)
+        latest = picture
+        if not damaged:
+            sound = picture
+            if substitute:
+                lost = _write_all(lost, picture, write)
+        if not due and not (substitute and lost):
+            return lost
+    lost += [row for _, row in due]
+    return _write_all(lost, sound or latest, write) if substitute else lost
 
-    def finish(self) -> None:
-        """No more pictures come: what is still wanted is missed."""
-        while self._wanted:
-            self._miss(self._previous)
 
-    def _miss(self, instead: Any) -> None:
-        row = self._wanted.pop()[1]
-        if self._substitute and instead is not None:
-            self._write(row, instead, True)
-        else:
-            self.missing.append(row)
+def _write_all(rows: list[int], picture: Any, write: Write) -> list[int]:
+    """Write a substitute to all rows; gives those left when there is none."""
+    if picture is None:
+        return rows
+    for row in rows:
+        write(row, picture, True)
+    return []

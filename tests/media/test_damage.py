@@ -1,0 +1,179 @@
+"""Bad files: a clear error that names the file, or sound frames and a count of the others."""
+
+import re
+
+import av
+import numpy as np
+import pytest
+
+from tests.media import clips
+from tokenprune.errors import DecodeError, MediaError, NoVideoStreamError
+from tokenprune.media import index_video, probe, read_video, stream_video
+
+
+def spoil(clip, name, change):
+    """A changed copy of a clip's file."""
+    path = clip.path.with_name(f"{name}{clip.path.suffix}")
+    content = bytearray(clip.path.read_bytes())
+    path.write_bytes(bytes(change(content)))
+    return path
+
+
+def scratch(content):
+    """Overwrite 400 bytes in the middle of the pictures."""
+    middle = len(content) // 2
+    content[middle : middle + 400] = np.random.default_rng(1).bytes(400)
+    return content
+
+
+def blank(content):
+    """Overwrite a twentieth of the file with zeros."""
+    third = len(content) // 3
+    content[third : third + len(content) // 20] = bytes(len(content) // 20)
+    return content
+
+
+def flip(content):
+    """Flip single bits here and there."""
+    random = np.random.default_rng(2)
+    for place in random.integers(len(content) // 4, len(content) * 9 // 10, 5):
+        content[place] ^= 1 << int(random.integers(8))
+    return content
+
+
+@pytest.mark.parametrize("reader", [read_video, probe, index_video, stream_video])
+def test_what_is_no_video_fails(reader, tmp_path):
+    cases = {
+        "missing.mp4": (None, "no such file"),
+        "empty.mp4": (b"", "is empty"),
+        "words.mp4": (b"just some words\n" * 50, "cannot read"),
+        "words.txt": (b"just some words\n" * 50, "cannot read|text file"),
+        "noise.mp4": (np.random.default_rng(0).bytes(5000), "cannot read|no video|no frames"),
+    }
+    for name, (content, message) in cases.items():
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(MediaError, match=message) as caught:
+            reader(path)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(MediaError, match="is not a file"):
+        reader(tmp_path)
+
+
+def test_sound_without_video_fails(tmp_path):
+    path = tmp_path / "song.m4a"
+    with av.open(str(path), "w", format="mp4") as container:
+        track = container.add_stream("aac", rate=48000, layout="stereo")
+        clips.write_tone(container, track, 0.5)
+    with pytest.raises(NoVideoStreamError, match=r"song\.m4a.*only sound"):
+        read_video(path)
+
+
+def test_cover_picture_is_no_video(tmp_path):
+    path = tmp_path / "cover.m4a"
+    with av.open(str(path), "w", format="mp4") as container:
+        track = container.add_stream("aac", rate=48000, layout="stereo")
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 64, 64, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        image = np.zeros((64, 64, 3), np.uint8)
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        clips.write_tone(container, track, 0.5)
+    with pytest.raises(NoVideoStreamError, match=r"cover\.m4a.*only a cover picture"):
+        read_video(path)
+
+
+def test_mp4_cut_before_its_table_fails(clip):
+    path = spoil(clip("h264_bframes"), "cut", lambda content: content[: len(content) * 6 // 10])
+    with pytest.raises(DecodeError, match=r"cannot read .*cut\.mp4"):
+        read_video(path)
+
+
+@pytest.mark.parametrize("kind", ["h264_mkv", "vp9", "h264_ts_offset", "h264_fragmented"])
+def test_cut_file_gives_its_leading_part(kind, clip):
+    path = spoil(clip(kind), "cut", lambda content: content[: len(content) * 6 // 10])
+    video = read_video(path, frames=1000, workers=2)
+
+    assert 20 < len(video) < 72
+    check(video, clip(kind).numbers)
+
+
+H264 = ["h264_bframes", "h264_mkv", "h264_ts_offset", "h264_fragmented", "h264_one_keyframe"]
+
+
+@pytest.mark.parametrize("change", [scratch, blank, flip])
+@pytest.mark.parametrize("kind", [*H264, "av1", "mpeg2_ps"])
+def test_damage_is_counted_and_filled_from_before(kind, change, clip):
+    path = spoil(clip(kind), change.__name__, change)
+    video = read_video(path, frames=1000, workers=2)
+
+    check(video, clip(kind).numbers)
+    again = read_video(path, frames=1000, workers=1)
+    assert np.array_equal(video.frames.numpy(), again.frames.numpy())
+
+
+def check(video, numbers):
+    """Each frame is the one of its time, or, if it is counted as a substitute, an earlier one."""
+    seen = [clips.read_number(frame) for frame in video.frames.numpy()]
+    due = [numbers[round(seconds * 30)] for seconds in video.pts_seconds.tolist()]
+    substituted = video.substituted.tolist()
+    assert [number for number, bad in zip(seen, substituted, strict=True) if not bad] == [
+        number for number, bad in zip(due, substituted, strict=True) if not bad
+    ]
+    for number, expected, bad in zip(seen, due, substituted, strict=True):
+        assert not bad or -1 < number <= expected
+    assert video.damaged == sum(substituted)
+
+
+def test_substitute_is_the_frame_before(clip):
+    content = bytearray(clip("h264_all_intra").path.read_bytes())
+    with av.open(str(clip("h264_all_intra").path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][30]
+    content[packet.pos + 4 : packet.pos + packet.size] = bytes(packet.size - 4)
+    path = clip("h264_all_intra").path.with_name("hole.mp4")
+    path.write_bytes(content)
+
+    video = read_video(path, indices=[28, 29, 30, 31], workers=1)
+
+    assert [clips.read_number(frame) for frame in video.frames.numpy()] == [28, 29, 29, 31]
+    assert video.substituted.tolist() == [False, False, True, False]
+    assert video.damaged == 1
+    assert "damaged=1" in repr(video)
+
+
+def test_damaged_first_frame_takes_the_next(clip):
+    with av.open(str(clip("h264_all_intra").path)) as container:
+        packet = next(container.demux(video=0))
+    content = bytearray(clip("h264_all_intra").path.read_bytes())
+    content[packet.pos + 4 : packet.pos + packet.size] = bytes(packet.size - 4)
+    path = clip("h264_all_intra").path.with_name("beheaded.mp4")
+    path.write_bytes(content)
+
+    video = read_video(path, indices=[0, 5], workers=1)
+
+    assert clips.read_number(video.frames[0].numpy()) == 1
+    assert video.substituted.tolist() == [True, False]
+
+
+def test_nothing_decodable_fails(clip):
+    def wipe(content):
+        start = content.index(b"mdat") + 4
+        end = content.rindex(b"moov") - 4 if content.rindex(b"moov") > start else len(content)
+        content[start:end] = bytes(end - start)
+        return content
+
+    path = spoil(clip("h264_no_bframes"), "wiped", wipe)
+    with pytest.raises(DecodeError, match=r"wiped\.mp4.* is damaged: nothing near frame 0"):
+        read_video(path, frames=4)
+
+
+def test_file_that_changes_while_read_fails(clip, tmp_path, monkeypatch):
+    path = tmp_path / "swapped.mp4"
+    path.write_bytes(clip("h264_no_bframes").path.read_bytes())
+    index = index_video(path)
+    path.write_bytes(clip("h264_bframes").path.read_bytes())
+    monkeypatch.setattr("tokenprune.media.video.index_video", lambda _: index)
+
+    with pytest.raises(DecodeError, match=re.escape("swapped.mp4' changed while it was read")):
+        read_video(path, frames=8)
