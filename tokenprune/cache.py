@@ -16,7 +16,15 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.indices import pack_mask
 
-__all__ = ["Clock", "PrunedLayer", "adopt", "cache_bytes", "full_cache_bytes", "new_cache"]
+__all__ = [
+    "Clock",
+    "PrunedLayer",
+    "adopt",
+    "cache_bytes",
+    "check_cache",
+    "full_cache_bytes",
+    "new_cache",
+]
 
 # A sliding layer forgets in steps, so that decoding does not rebuild its tensors at each token.
 _SLACK = 64
@@ -181,15 +189,14 @@ def new_cache(config: PreTrainedConfig) -> DynamicCache:
     return DynamicCache(config=config)
 
 
-def adopt(cache: Cache, layers: int) -> Clock:
-    """Make an empty dynamic cache a pruned one, in place, since `generate` keeps its reference.
+def check_cache(cache: Cache) -> None:
+    """Check that a cache can be pruned.
 
     Raises:
-        UnsupportedModelError: The cache is of another kind, or filled by others.
+        UnsupportedModelError: It is of another kind, or filled by others.
     """
-    if cache.layers and all(isinstance(layer, PrunedLayer) for layer in cache.layers):
-        clock: Clock = cache.layers[0].clock
-        return clock
+    if _is_pruned(cache):
+        return
     if type(cache) is not DynamicCache or not all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
     ):
@@ -207,6 +214,22 @@ def adopt(cache: Cache, layers: int) -> Clock:
         raise UnsupportedModelError(
             "cannot prune an offloaded cache; drop `cache_implementation` to use a DynamicCache"
         )
+
+
+def _is_pruned(cache: Cache) -> bool:
+    return bool(cache.layers) and all(isinstance(layer, PrunedLayer) for layer in cache.layers)
+
+
+def adopt(cache: Cache, layers: int) -> Clock:
+    """Make an empty dynamic cache a pruned one, in place, since `generate` keeps its reference.
+
+    Raises:
+        UnsupportedModelError: As `check_cache`.
+    """
+    check_cache(cache)
+    if _is_pruned(cache):
+        clock: Clock = cache.layers[0].clock
+        return clock
     clock = Clock()
     windows = [getattr(layer, "sliding_window", None) for layer in cache.layers] or [None] * layers
     cache.layers = [PrunedLayer(clock, window) for window in windows]

@@ -32,7 +32,14 @@ from tokenprune.attention import (
     last_query_mask,
     mask_for_kernel,
 )
-from tokenprune.cache import Clock, adopt, cache_bytes, full_cache_bytes, new_cache
+from tokenprune.cache import (
+    Clock,
+    adopt,
+    cache_bytes,
+    check_cache,
+    full_cache_bytes,
+    new_cache,
+)
 from tokenprune.encoder import StreamedView, split_views
 from tokenprune.errors import RecipeError, UnsupportedModelError
 from tokenprune.indices import take
@@ -158,6 +165,8 @@ class Patch:
                 self._install_tower(stack, tower)
         for name, modality in self.adapter.encoders().items():
             _shadow(stack, self.adapter.base_model, name, self._watch_encoder(modality))
+        if hasattr(self.model, "prepare_inputs_for_generation"):
+            _shadow(stack, self.model, "prepare_inputs_for_generation", self._refuse_early)
         hooks = [
             self.adapter.base_model.register_forward_pre_hook(self._on_prompt, with_kwargs=True),
             self._lm.register_forward_pre_hook(self._before_lm, with_kwargs=True),
@@ -199,6 +208,17 @@ class Patch:
             name = f"tokenprune_{id(config):x}_{base}"
             mask = ALL_MASK_ATTENTION_FUNCTIONS.get(base)
             _switch_attention(stack, config, name, attend, mask)
+
+    def _refuse_early(self, prepare: Any) -> Any:
+        """`generate` makes masks for caches of fixed size before it calls the model."""
+
+        @functools.wraps(prepare)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("past_key_values") is not None:
+                check_cache(kwargs["past_key_values"])
+            return prepare(*args, **kwargs)
+
+        return checked
 
     # -- encoders
 
@@ -286,14 +306,14 @@ class Patch:
         self._clock.end += length
         self._set_rows()
         self._started = Mark(self._lm)
-        if self.stages:
-            self._start_prefill(kwargs, hidden)
+        self._start_prefill(kwargs, hidden)
         return (), kwargs
 
     def _start_prefill(self, kwargs: dict[str, Any], hidden: Tensor) -> None:
         flight = self._flight
         assert flight is not None and self._clock is not None
-        self._take_deepstack(kwargs)
+        if self._by_site.input or self._by_site.layer:
+            self._take_deepstack(kwargs)
         if not self._brings_media(flight.length):
             self._renumber(kwargs, None)
             return

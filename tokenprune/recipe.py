@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from tokenprune.errors import RecipeError
-from tokenprune.stage import Method, ModelShape, Stage, find_method
+from tokenprune.stage import EncoderStage, Method, ModelShape, Stage, find_method
 
 __all__ = ["Recipe"]
 
 Value = bool | int | float | str | None | tuple["Value", ...]
 
+_PLUS = re.compile(r"\+(?![^()]*\))")  # not the sign of an exponent, inside parentheses
 _STEP = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*")
 _SETTING = re.compile(r"([A-Za-z_]\w*)\s*=\s*([^\s=]+)(?:\s+|$)")
 
@@ -40,7 +43,7 @@ class Recipe:
         """
         if text.strip().lower() in ("none", ""):
             return cls()
-        return cls(*(_parse_step(step, text) for step in text.split("+")))
+        return cls(*(_parse_step(step, text) for step in _PLUS.split(text)))
 
     def __str__(self) -> str:
         return " + ".join(map(_write_step, self.methods)) or "none"
@@ -49,7 +52,14 @@ class Recipe:
         """The stages that run on a model of this shape, in the recipe's order."""
         for method in self.methods:
             method.check(shape)
-        return tuple(stage for method in self.methods for stage in method.stages(shape))
+        stages = tuple(stage for method in self.methods for stage in method.stages(shape))
+        maps = [stage.name for stage in stages if isinstance(stage, EncoderStage)]
+        if len(set(maps)) < len(maps):
+            raise RecipeError(
+                f"recipe {str(self)!r} makes the encoder map {max(maps, key=maps.count)} twice; "
+                "use each method that reads the encoder once"
+            )
+        return stages
 
     @property
     def text_dependent(self) -> bool:
@@ -101,7 +111,31 @@ def _build(method: type[Method], settings: dict[str, Value]) -> Method:
     for name in settings:
         if name not in known:
             raise RecipeError(f"{method.name} has no setting {name!r}; known: {', '.join(known)}")
-    return method(**settings)
+    try:
+        return method(**settings)
+    except TypeError:
+        hints = get_type_hints(method)
+        for field in fields(method):  # type: ignore[arg-type]
+            if field.name in settings and not _fits(settings[field.name], hints[field.name]):
+                value = _write(settings[field.name])
+                raise RecipeError(
+                    f"{method.name} takes {field.name} as {field.type}, got {value!r}"
+                ) from None
+        raise
+
+
+def _fits(value: object, hint: object) -> bool:
+    """Whether a value read from a text is what a setting is declared to be."""
+    parts = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(part, parts[0]) for part in value)
+    if get_origin(hint) is Literal:
+        return value in parts
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint
 
 
 def _read(word: str) -> Value:
@@ -125,11 +159,16 @@ def _write(value: Value) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
+def _differs(value: Value, default: object) -> bool:
+    # 1 equals 1.0, but as a budget one is a count and the other a share.
+    return default is MISSING or value != default or type(value) is not type(default)
+
+
 def _write_step(method: Method) -> str:
     changed = {
         field.name: getattr(method, field.name)
         for field in fields(method)  # type: ignore[arg-type]
-        if field.default is MISSING or getattr(method, field.name) != field.default
+        if _differs(getattr(method, field.name), field.default)
     }
     inside = " ".join(f"{name}={_write(value)}" for name, value in changed.items())
     return f"{method.name}({inside})" if inside else method.name
