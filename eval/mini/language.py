@@ -1,0 +1,357 @@
+"""Stage 2: the language model learns on a bank of tower features, many questions per video.
+
+One sequence holds a video and a dozen questions on it. Each question sees the video and itself
+only, at the positions it would have alone, so that nothing leaks from one to the next and every
+question is what inference will see.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from tokenprune.eval.mini.model import FRAME_SIZE, FRAME_TOKENS, MERGE, PATCH
+from tokenprune.eval.mini.tower import encode_frames
+from tokenprune.eval.mini.world import (
+    COLORS,
+    KINDS,
+    SHAPES,
+    Question,
+    Story,
+    Thing,
+    ask,
+    draw_clips,
+    draw_story,
+    frame_scenes,
+    render,
+)
+
+__all__ = ["Bank", "Batch", "FrameSource", "Tally", "build_bank", "draw_batch", "forward"]
+
+BANK_STEPS = 8  # frames per clip
+WEIGHTS = {"after": 4, "before": 4, "count": 4, "color": 2, "shape": 2, "exist": 2}  # others: 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention for training
+# ---------------------------------------------------------------------------------------------
+
+
+def _attention_by_question(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    *,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention over the video, then the questions under their own mask: training only.
+
+    `attention_mask` has the rows of the questions, `[B, 1, Q, N + Q]`. Rows of the video are
+    worked off in blocks, which skips most of the masked half.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1).bfloat16() for x in (key, value))
+    query = (query * scaling).bfloat16()
+    n = query.shape[2] - attention_mask.shape[2]
+    blocks = max(1, round(n / 200))
+    edges = [n * i // blocks for i in range(blocks + 1)]
+    outs = []
+    for a, b in zip(edges, edges[1:], strict=False):
+        future = torch.ones(b - a, b, dtype=torch.bool).triu(a + 1)
+        outs.append(_attend(query[:, :, a:b], key[:, :, :b], value[:, :, :b], future))
+    outs.append(_attend(query[:, :, n:], key, value, ~attention_mask))
+    return torch.cat(outs, 2).transpose(1, 2), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
+    scores = (query @ key.transpose(-1, -2)).masked_fill(hidden, -1e9)
+    return scores.softmax(-1).to(value.dtype) @ value
+
+
+AttentionInterface.register("mini_by_question", _attention_by_question)
+AttentionMaskInterface.register("mini_by_question", lambda *_, **__: None)
+
+
+# ---------------------------------------------------------------------------------------------
+# Where frame features come from
+# ---------------------------------------------------------------------------------------------
+
+
+class FrameSource(Protocol):
+    """Turns a story into the features of its sampled frames."""
+
+    pairs: Sequence[tuple[Thing, Thing]] | None
+
+    def features(self, rng: np.random.Generator, story: Story, scenes: NDArray[np.int64]) -> Tensor:
+        """Features `[F, 18, D]` of frames that show `scenes[i]`."""
+        ...
+
+
+def scene_progress(scenes: NDArray[np.int64]) -> NDArray[np.float32]:
+    """How far its scene has gone at each frame, in (0, 1), `[F]`."""
+    _, first, count = np.unique(scenes, return_index=True, return_counts=True)
+    rank = np.arange(len(scenes)) - np.repeat(first, count)
+    return np.asarray((rank + 0.5) / np.repeat(count, count), np.float32)
+
+
+@dataclass
+class Bank:
+    """Features of prerendered clips, a few for every thing and some with two."""
+
+    data: Tensor  # [clips, BANK_STEPS, 18, D]
+    things: list[tuple[Thing, ...]]
+    rows: dict[tuple[Thing, ...], list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        for row, things in enumerate(self.things):
+            self.rows[things].append(row)
+        self.pairs = [things for things in self.rows if len(things) == 2]
+
+    @classmethod
+    def load(cls, path: Path) -> Bank:
+        """Read a bank saved as `{"data": tensor, "things": [[(shape, color), ...], ...]}`."""
+        saved = torch.load(path)
+        return cls(saved["data"], [tuple(Thing(*t) for t in shown) for shown in saved["things"]])
+
+    def features(self, rng: np.random.Generator, story: Story, scenes: NDArray[np.int64]) -> Tensor:
+        clips = np.array([rng.choice(self.rows[scene.things]) for scene in story.scenes])
+        steps = (scene_progress(scenes) * BANK_STEPS).astype(np.int64)
+        if rng.random() < 0.5:
+            steps = BANK_STEPS - 1 - steps
+        return self.data[clips[scenes], steps].float()
+
+
+def build_bank(
+    visual: nn.Module, rng: np.random.Generator, *, clips: int = 24, pairs: int = 800
+) -> Bank:
+    """Render and encode `clips` clips of every thing and `pairs` clips with two things."""
+    things: list[tuple[Thing, ...]] = [
+        (Thing(shape, color),)
+        for shape in range(len(SHAPES))
+        for color in range(len(COLORS))
+        for _ in range(clips)
+    ]
+    for _ in range(pairs):
+        two = rng.choice(len(SHAPES), 2, replace=False)
+        things.append(tuple(Thing(int(s), int(rng.integers(len(COLORS)))) for s in two))
+    data = []
+    progress = (np.arange(BANK_STEPS, dtype=np.float32) + 0.5) / BANK_STEPS
+    with torch.no_grad():
+        for start in range(0, len(things), 16):
+            part = things[start : start + 16]
+            looks = draw_clips(rng, part)[np.repeat(np.arange(len(part)), BANK_STEPS)]
+            soft = rng.uniform(0.7, 1.5)
+            frames, _ = render(rng, looks, np.tile(progress, len(part)), FRAME_SIZE, soft=soft)
+            features = encode_frames(visual, frames)
+            data.append(features.unflatten(0, (len(part), BANK_STEPS)).half())
+    return Bank(torch.cat(data), things)
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """`B` videos of the same length with their questions.
+
+    `text` and what follows it cover the `Q` question tokens only, padded on the right.
+    """
+
+    features: Tensor  # [B, F * 18, D]
+    text: Tensor  # [B, Q] token ids
+    target: Tensor  # [B, Q] next token where it belongs to an answer, else -100
+    weight: Tensor  # [B, Q]
+    mask: Tensor  # [B, 1, Q, N + Q]
+    positions: Tensor  # [3, B, N + Q]
+    asked: list[list[tuple[Question, int, int]]]  # with start and end of the answer in `target`
+
+
+def draw_questions(rng: np.random.Generator, story: Story, count: int) -> list[Question]:
+    """About `count` different questions on a story, hard kinds more often."""
+    weights = np.array([WEIGHTS.get(kind, 1) for kind in KINDS], np.float64)
+    kinds = rng.choice(len(KINDS), 2 * count, p=weights / weights.sum())
+    drawn = (ask(rng, story, KINDS[k]) for k in kinds)
+    return list(dict.fromkeys(question for question in drawn if question))[:count]
+
+
+def draw_interval(rng: np.random.Generator, frames: int) -> float:
+    """Seconds between frames: 1 to 4, often near the three of a long file."""
+    if rng.random() < 0.4:
+        return float(rng.uniform(2.4, 3.2))
+    return float(np.exp(rng.uniform(0, np.log(4 if frames < 96 else 3))))
+
+
+def draw_batch(
+    rng: np.random.Generator,
+    model: Qwen2_5_VLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    source: FrameSource,
+    *,
+    videos: int,
+    frames: int,
+    questions: int,
+    describe: bool = True,
+    interval: float | None = None,
+) -> Batch:
+    """Draw `videos` videos of `frames` frames with about `questions` questions each."""
+    features, asked, intervals = [], [], []
+    for _ in range(videos):
+        intervals.append(interval or draw_interval(rng, frames))
+        story = draw_story(rng, frames=frames, interval_seconds=intervals[-1], pairs=source.pairs)
+        scenes = frame_scenes(story, frames, intervals[-1], float(rng.random()))
+        features.append(source.features(rng, story, scenes).flatten(0, 1))
+        drawn = draw_questions(rng, story, questions)
+        described = ask(rng, story, "describe") if describe else None
+        asked.append([*drawn, described] if described else drawn)
+    return _assemble(model, tokenizer, features, asked, intervals, frames)
+
+
+def _assemble(
+    model: Qwen2_5_VLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    features: list[Tensor],
+    asked: list[list[Question]],
+    intervals: list[float],
+    frames: int,
+) -> Batch:
+    rows, spans = [], []
+    vocabulary = tokenizer.get_vocab()
+    for questions in asked:
+        ids: list[int] = []
+        target: list[int] = []
+        owner: list[int] = []
+        offset: list[int] = []
+        weight: list[float] = []
+        span = []
+        for number, question in enumerate(questions):
+            words = [vocabulary[word] for word in f"{question.text} <|assistant|>".split()]
+            answer = [vocabulary[word] for word in f"{question.answer} <|end|>".split()]
+            ids += words + answer[:-1]  # <|end|> is predicted, not fed
+            span.append((question, len(ids) - len(answer), len(ids)))
+            target += [-100] * (len(words) - 1) + answer
+            size = len(words) + len(answer) - 1
+            owner += [number] * size
+            offset += range(size)
+            weight += [0.4 if question.kind == "describe" else 1.0] * size
+        rows.append((ids, target, owner, offset, weight))
+        spans.append(span)
+    longest = max(len(row[0]) for row in rows)
+
+    def padded(which: int, fill: float) -> Tensor:
+        return torch.tensor([[*row[which], *[fill] * (longest - len(row[0]))] for row in rows])
+
+    owner_ids, offsets = padded(2, -1).long(), padded(3, 0).long()
+    prefix, text_start = _prefix_positions(model, frames, intervals, int(offsets.max()) + 1)
+    text_positions = (text_start[:, None] + offsets)[None].expand(3, -1, -1)
+    own = owner_ids[:, :, None] == owner_ids[:, None, :]
+    own = own & torch.ones(longest, longest, dtype=torch.bool).tril()
+    n = prefix.shape[2]
+    mask = torch.cat([torch.ones(len(rows), longest, n, dtype=torch.bool), own], 2)[:, None]
+    return Batch(
+        torch.stack(features),
+        padded(0, 0).long(),
+        padded(1, -100).long(),
+        padded(4, 0.0).float(),
+        mask,
+        torch.cat([prefix, text_positions], 2),
+        spans,
+    )
+
+
+def _prefix_positions(
+    model: Qwen2_5_VLForConditionalGeneration, frames: int, intervals: list[float], text: int
+) -> tuple[Tensor, Tensor]:
+    """The model's own positions: of the tokens before the text, and the first of the text."""
+    config = model.config
+    prefix = _prefix_ids(model, frames)
+    n = len(prefix)
+    ids = torch.cat([prefix, torch.zeros(text, dtype=torch.long)]).expand(len(intervals), -1)
+    height, width = (side // PATCH for side in FRAME_SIZE)
+    positions, _ = model.model.get_rope_index(
+        ids,
+        2 * (ids == config.video_token_id).int(),
+        video_grid_thw=torch.tensor([[frames, height, width]] * len(intervals)),
+        second_per_grid_ts=torch.tensor(intervals),
+    )
+    return positions[:, :, :n], positions[0, :, n]
+
+
+def _prefix_ids(model: Qwen2_5_VLForConditionalGeneration, frames: int) -> Tensor:
+    config = model.config
+    video = [config.video_token_id] * (frames * FRAME_TOKENS)
+    user = 2  # <|user|>, the third of SPECIAL
+    return torch.tensor([user, config.vision_start_token_id, *video, config.vision_end_token_id])
+
+
+def forward(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Tensor:
+    """Logits at the question tokens, `[B, Q, V]`. Needs "mini_by_question" attention."""
+    language = model.model.language_model
+    embed = language.embed_tokens
+    n = batch.features.shape[1]
+    prefix = _prefix_ids(model, n // FRAME_TOKENS)
+    ends = embed(prefix[[0, 1, -1]]).expand(len(batch.text), -1, -1)
+    whole = [ends[:, :2], batch.features, ends[:, 2:], embed(batch.text)]
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = language(
+            inputs_embeds=torch.cat(whole, 1),
+            attention_mask={"full_attention": batch.mask},
+            position_ids=batch.positions,
+            use_cache=False,
+        ).last_hidden_state
+    return F.linear(hidden[:, n + 3 :].float(), embed.weight)
+
+
+def loss_of(logits: Tensor, batch: Batch) -> Tensor:
+    """Weighted mean cross entropy of the answer tokens."""
+    each = F.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), reduction="none")
+    weight = batch.weight.flatten() * (batch.target.flatten() >= 0)
+    return (each * weight).sum() / weight.sum()
+
+
+@dataclass
+class Tally:
+    """Right and asked questions by kind."""
+
+    right: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    asked: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    def add(self, kind: str, right: bool) -> None:
+        self.right[kind] += right
+        self.asked[kind] += 1
+
+    def add_batch(self, logits: Tensor, batch: Batch) -> None:
+        """Count answers that are right in every token, given the tokens before."""
+        same = logits.argmax(-1) == batch.target
+        for row, spans in zip(same, batch.asked, strict=True):
+            for question, start, end in spans:
+                self.add(question.kind, bool(row[start:end].all()))
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over all questions but "describe"."""
+        asked = sum(n for kind, n in self.asked.items() if kind != "describe")
+        return sum(n for kind, n in self.right.items() if kind != "describe") / max(1, asked)
+
+    def __str__(self) -> str:
+        parts = (f"{k} {self.right[k] / self.asked[k]:.2f}" for k in sorted(self.asked))
+        return f"{self.accuracy:.3f} ({', '.join(parts)})"
