@@ -44,15 +44,11 @@ class _Baseline(Stage, part=True):
         return Input() if self.at == "input" else Cache()
 
     def counts(self, layout: TokenLayout) -> int:
-        return allocate(self.keep, layout.groups(self.per)).total
+        return allocate(self.keep, self.per, layout).total
 
     def _budget(self, context: Context | CacheContext) -> Budget:
-        groups = context.layout.groups(self.per)
-        if isinstance(context, CacheContext):
-            groups = groups.to(context.rows.device)[context.rows]
-        else:
-            groups = groups.to(context.features.device)
-        return allocate(self.keep, groups)
+        rows = context.rows if isinstance(context, CacheContext) else None
+        return allocate(self.keep, self.per, context.layout, rows)
 
 
 @dataclass(frozen=True, kw_only=True)

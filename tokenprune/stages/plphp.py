@@ -46,7 +46,7 @@ class PLPHP(Stage):
         beta: Score below which a layer is indifferent; None follows the layers seen so far.
         layers: Decoder layers to prune, from 0; None is all.
         span: What gets a quota: each "image-or-frame" (or sound), or each "item" (a whole clip).
-        least: Tokens each span keeps at least, unless the layer's rate is 0.
+        least: Tokens that every head keeps of each span at least, whatever the layer's rate.
     """
 
     keep: float = 0.4
@@ -73,10 +73,13 @@ class PLPHP(Stage):
                 f"it are shares, got {self.shift!r}"
             )
         self._check_thresholds()
+        layers = (self.layers,) if isinstance(self.layers, int) else self.layers
+        if layers is not None and not (layers and all(isinstance(x, int) for x in layers)):
+            raise RecipeError(f"layers must be decoder layers or none for all, got {layers!r}")
         if self.span not in ("image-or-frame", "item"):
             raise RecipeError(f'span must be "image-or-frame" or "item", got {self.span!r}')
-        if not isinstance(self.least, int) or self.least < 0:
-            raise RecipeError(f"least must be a count of at least 0, got {self.least!r}")
+        if not isinstance(self.least, int) or self.least < 1:
+            raise RecipeError(f"least must be a count of at least 1, got {self.least!r}")
 
     def _check_thresholds(self) -> None:
         for name, value in (("alpha", self.alpha), ("beta", self.beta)):
@@ -98,24 +101,21 @@ class PLPHP(Stage):
         if self._shift() > 0:
             return None
         sizes = group_sizes(self._spans(layout))
-        rates = torch.full_like(sizes, self.keep, dtype=torch.float64)
-        return int(self._quotas(rates, sizes).sum())
+        return int(round_share(self.keep, sizes, self.least).sum())
 
     def select(self, context: CacheContext) -> Selection:
-        if context.attention is None:
-            raise ValueError("PLPHP needs the attention of the last prompt token")
         rows, attention = context.rows, context.attention
-        sound = (context.layout.modality == AUDIO).to(rows.device)[rows]  # [H, N]
-        spans = self._spans(context.layout).to(rows.device)[rows]  # [H, N]
+        if attention is None:
+            raise ValueError("PLPHP needs the attention of the last prompt token")
+        spans, sound, number = self._columns(context)  # [H, N]
         kinds = self._layer_rates(_media_share(attention, sound), context)
         # In double precision: 0.7 of 45 tokens must round as it does everywhere.
         rate = torch.tensor(kinds, dtype=torch.float64, device=rows.device)[sound.long()]
-        sizes = group_sizes(spans)  # [H, G]
+        sizes = group_sizes(spans, number)  # [H, G]
         rates = torch.zeros_like(sizes, dtype=torch.float64).scatter(-1, spans, rate)
-        counts = self._quotas(rates, sizes)
         heads, candidates = rows.shape
         scores = attention.reshape(heads, -1, candidates).mean(dim=1)  # [H, N]
-        budget = Budget(spans, counts, int(counts.sum(-1).min()))
+        budget = Budget.of(spans, round_share(rates, sizes, self.least))
         return Selection(top_per_group(scores, budget), scores=scores)
 
     def rate(self, score: float, mean: float) -> float:
@@ -137,15 +137,23 @@ class PLPHP(Stage):
     def _spans(self, layout: TokenLayout) -> Tensor:
         return layout.spans() if self.span == "image-or-frame" else layout.groups("item")
 
+    def _columns(self, context: CacheContext) -> tuple[Tensor, Tensor, int]:
+        """Span and "is sound" of each candidate, `[H, N]`, and how many spans there are."""
+        name = f"{self.name} by {self.span}"
+        known = context.memory.get(name)
+        if known is None or known[0] is not context.layout:
+            spans = self._spans(context.layout)
+            known = context.layout, spans, context.layout.modality == AUDIO, int(spans.max()) + 1
+            context.memory[name] = known
+        _, spans, sound, number = known
+        rows = context.rows
+        return spans.to(rows.device)[rows], sound.to(rows.device)[rows], number
+
     def _layer_rates(self, scores: Kinds, context: CacheContext) -> Kinds:
         seen: list[Kinds] = context.memory.setdefault(self.name, [])
         seen.append(scores)
         vision, sound = (sum(kind) / len(seen) for kind in zip(*seen, strict=True))
         return self.rate(scores[0], vision), self.rate(scores[1], sound)
-
-    def _quotas(self, rates: Tensor, sizes: Tensor) -> Tensor:
-        """Tokens kept of each span: both `[..., G]`."""
-        return torch.where(rates > 0, round_share(rates, sizes, self.least), 0)
 
 
 def _media_share(attention: Tensor, sound: Tensor) -> Kinds:

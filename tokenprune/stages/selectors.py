@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import RecipeError
-from tokenprune.selection import check_keep
+from tokenprune.layout import TokenLayout
+from tokenprune.selection import check_keep, count
 
 __all__ = [
     "Budget",
@@ -36,14 +37,19 @@ class Budget(NamedTuple):
     Attributes:
         groups: `[N]` or `[H, N]` int64, group of each candidate, from 0.
         counts: `[G]` or `[H, G]` int64, tokens kept of each group.
-        total: Tokens kept in all, of each head. Where heads hold different candidates and their
-            counts add up differently, it is the smallest sum, and a head with more gives up the
-            weakest tokens it would have kept.
+        total: Tokens kept in all, of each head: the sum of the first one's counts. Where heads
+            hold different candidates and their counts add up differently, the others give up
+            their weakest tokens, or keep their next strongest.
     """
 
     groups: Tensor
     counts: Tensor
     total: int
+
+    @classmethod
+    def of(cls, groups: Tensor, counts: Tensor) -> Budget:
+        """The budget of these counts."""
+        return cls(groups, counts, int(counts.reshape(-1, counts.shape[-1])[0].sum()))
 
 
 def check_budget(keep: float | int, per: str) -> None:
@@ -62,17 +68,27 @@ def check_budget(keep: float | int, per: str) -> None:
         )
 
 
-def allocate(keep: float | int, groups: Tensor) -> Budget:
+def allocate(
+    keep: float | int, per: Per, layout: TokenLayout, rows: Tensor | None = None
+) -> Budget:
     """Spend a budget over groups of tokens: a share (at least one token) or a count of each.
 
     Args:
         keep: As users write it.
-        groups: `[N]` or `[H, N]` int64, group of each candidate, from 0.
+        per: What a group is.
+        layout: The candidates, or the tokens that `rows` refers to.
+        rows: `[H, N]`, the candidates of each key-value head; None if they are the layout.
     """
+    groups = layout.groups(per)
+    groups = groups if rows is None else groups.to(rows.device)[rows]
+    if per == "prompt":
+        # Needs no look at the tensors, so that no device has to wait.
+        candidates = groups.shape[-1]
+        total = count(keep, candidates) if isinstance(keep, float) else min(keep, candidates)
+        return Budget(groups, torch.full((1,), total, device=groups.device), total)
     sizes = group_sizes(groups)
     counts = sizes.clamp(max=keep) if isinstance(keep, int) else round_share(keep, sizes)
-    total = int(counts.sum(-1).min()) if counts.numel() else 0
-    return Budget(groups, counts, total)
+    return Budget.of(groups, counts)
 
 
 def group_sizes(groups: Tensor, number: int | None = None) -> Tensor:
@@ -159,7 +175,7 @@ def _ranks(scores: Tensor, groups: Tensor, number: int) -> Tensor:
 
 
 def _exactly(kept: Tensor, scores: Tensor, total: int) -> Tensor:
-    """Indices of `total` marked tokens, the highest if more are marked."""
+    """Indices of `total` tokens: marked ones first, then the highest."""
     order = _order(scores)
     order = order.gather(-1, _order(kept.gather(-1, order).to(torch.uint8)))
     return order[..., :total].sort(dim=-1).values

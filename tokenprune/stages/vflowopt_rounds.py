@@ -114,14 +114,14 @@ class VFlowOptInput(Stage, part=True):
         return Input()
 
     def counts(self, layout: TokenLayout) -> int:
-        return allocate(self.keep, layout.groups(self.per)).total
+        return allocate(self.keep, self.per, layout).total
 
     def select(self, context: Context) -> Selection:
         scores = _importance(context)
         # Counts of cells decide sizes of tensors: one transfer instead of many waits.
         importance, layout = scores.cpu(), context.layout.to("cpu")
         cells, area = _cells(layout, self.cell)
-        budget = allocate(self.keep, layout.groups(self.per))
+        budget = allocate(self.keep, self.per, layout)
         parts = []
         for group, keep in enumerate(budget.counts.tolist()):
             rows = (budget.groups == group).nonzero()[:, 0]
@@ -156,12 +156,12 @@ class VFlowOptLayer(Stage, part=True):
         return Layer(self.layer)
 
     def counts(self, layout: TokenLayout) -> int:
-        return allocate(self.keep, layout.groups(self.per)).total
+        return allocate(self.keep, self.per, layout).total
 
     def select(self, context: LayerContext) -> Selection:
         scores = _importance(context)
-        groups = context.layout.groups(self.per).to(scores.device)
-        return Selection(top_per_group(scores, allocate(self.keep, groups)), scores=scores)
+        budget = allocate(self.keep, self.per, context.layout)
+        return Selection(top_per_group(scores, budget), scores=scores)
 
 
 def _importance(context: Context) -> Tensor:
