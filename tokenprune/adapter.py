@@ -243,7 +243,7 @@ class Adapter(ABC):
         if placeholders == encoded:
             return 1
         repeats = placeholders // max(1, encoded)
-        if encoded and placeholders == encoded * repeats and len(ids) % repeats == 0:
+        if repeats and placeholders == encoded * repeats and len(ids) % repeats == 0:
             return repeats
         raise UnsupportedModelError(
             f"the prompt holds {placeholders} {modality} placeholders, but {encoded} {modality} "

@@ -1,0 +1,124 @@
+"""The main job: a file and a question in, an answer out, with what pruning saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.engine import prune
+from tokenprune.loading import LoadedModel, Media, read_media
+from tokenprune.recipe import Recipe
+from tokenprune.report import KVBytes, MediaTokens, Report
+
+__all__ = ["Answer", "answer", "ask", "default_recipe"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and what it cost.
+
+    Attributes:
+        answer: The model's words.
+        media_tokens: Counts before and after pruning, and what each site let through.
+        seconds: "index", "decode", "encode", "prefill" and the mean "per_token".
+        kv_bytes: Bytes of the cache at the end of prefill, unpruned and measured.
+        frames: Frames that the model was given.
+        recipe: The recipe, as text.
+        model: Name of the model.
+        report: The full report.
+        pictures: `[F, 3, H, W]` uint8, the frames.
+    """
+
+    answer: str
+    media_tokens: MediaTokens
+    seconds: dict[str, float]
+    kv_bytes: KVBytes
+    frames: int
+    recipe: str
+    model: str
+    report: Report = field(repr=False, compare=False)
+    pictures: Tensor = field(repr=False, compare=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        names = ("answer", "media_tokens", "seconds", "kv_bytes", "frames", "recipe", "model")
+        return {name: getattr(self, name) for name in names}
+
+
+def default_recipe(loaded: LoadedModel) -> Recipe:
+    """A quarter of the tokens by VFlowOpt; for models that only hear, half the cache by PLPHP."""
+    sees = set(loaded.adapter.modalities) - {"audio"}
+    return Recipe("vflowopt(keep=0.25)" if sees else "plphp(keep=0.5)")
+
+
+def ask(
+    loaded: LoadedModel,
+    path: str | Path,
+    question: str,
+    *,
+    recipe: Recipe | str | None = None,
+    frames: int | None = None,
+    fps: float | None = None,
+    max_new_tokens: int = 64,
+    streamer: Any = None,
+) -> Answer:
+    """Answer a question about a file.
+
+    Args:
+        loaded: The model.
+        path: A video, an image, or a sound.
+        question: In words.
+        recipe: What to prune; None for `default_recipe`.
+        frames: Frames to take from a video, evenly spread; 64 if `fps` is not given either.
+        fps: Frames per second to take from a video.
+        max_new_tokens: Longest answer.
+        streamer: Takes tokens as they come, as in `generate`.
+
+    Raises:
+        TokenPruneError: Something about the file, the question, the recipe or the model.
+    """
+    chosen = default_recipe(loaded) if recipe is None else Recipe(recipe)
+    media = read_media(path, loaded, frames=frames, fps=fps)
+    return answer(loaded, media, question, chosen, max_new_tokens, streamer)
+
+
+def answer(
+    loaded: LoadedModel,
+    media: Media,
+    question: str,
+    recipe: Recipe,
+    max_new_tokens: int = 64,
+    streamer: Any = None,
+) -> Answer:
+    """Answer a question about media that were read before."""
+    inputs = loaded.encode(media, question)
+    length = inputs["input_ids"].shape[1]
+    with torch.inference_mode(), prune(loaded.model, recipe) as report:
+        output = loaded.model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
+        )
+    words = loaded.processor.batch_decode(output[:, length:], skip_special_tokens=True)[0]
+    timings = media.video.timings if media.video is not None else None
+    seconds = {
+        "index": timings.index_seconds if timings else 0.0,
+        "decode": timings.decode_seconds if timings else 0.0,
+        "per_token": 0.0,
+        **report.seconds,
+    }
+    return Answer(
+        answer=words.strip(),
+        media_tokens=report.media_tokens,
+        seconds={
+            name: seconds[name] for name in ("index", "decode", "encode", "prefill", "per_token")
+        },
+        kv_bytes=report.kv_bytes,
+        frames=len(media.frames),
+        recipe=str(recipe),
+        model=loaded.name,
+        report=report,
+        pictures=media.frames,
+    )

@@ -1,0 +1,184 @@
+"""The command line: verbs, progress on stderr, exit code 2 for what the user can mend."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from tqdm import tqdm
+
+from tokenprune.errors import MediaError, TokenPruneError
+
+if TYPE_CHECKING:
+    from tokenprune.answering import Answer
+
+__all__ = ["app", "main", "table"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Prune the visual and audio tokens that multimodal language models do not need.",
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str | None, typer.Option(help="Hub name, folder, or built-in model.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+RECIPE_HELP = "Such as 'vflowopt(keep=0.1) + plphp(keep=0.4)'; 'none' prunes nothing."
+
+
+def main() -> None:
+    """Run the command line."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        app()
+    except TokenPruneError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+@app.command()
+def ask(
+    file: Annotated[Path, typer.Argument(help="A video, an image, or a sound.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    model: Model = None,
+    recipe: Annotated[str | None, typer.Option(help=RECIPE_HELP)] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames, evenly spread [default: 64].")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second, instead.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Ask without pruning too.")] = False,
+    overlay: Annotated[Path | None, typer.Option(help="Picture of the kept tokens.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Answer a question about a file, with pruned tokens, and say what that saved."""
+    from tokenprune.answering import answer, default_recipe
+    from tokenprune.loading import load_model, read_media
+    from tokenprune.recipe import Recipe
+
+    if frames is not None and fps is not None:
+        raise MediaError(f"give --frames or --fps, got both ({frames} and {fps})")
+    chosen = None if recipe is None else Recipe.parse(recipe)
+    with tqdm(total=3, bar_format="{desc}", leave=False, disable=as_json) as progress:
+        progress.set_description("loading the model")
+        loaded = load_model(model)
+        chosen = default_recipe(loaded) if chosen is None else chosen
+        progress.set_description("reading the file")
+        media = read_media(file, loaded, frames=frames, fps=fps)
+        progress.set_description("answering")
+        found = [answer(loaded, media, question, chosen, max_new_tokens)]
+        if compare:
+            found.append(answer(loaded, media, question, Recipe(), max_new_tokens))
+    if overlay is not None:
+        if not len(media.frames):
+            raise MediaError("an overlay needs frames, and this file holds sound only")
+        found[0].report.overlay(media.frames).save(overlay)
+    if as_json:
+        output = found[0].as_dict()
+        if compare:
+            output["unpruned"] = found[1].as_dict()
+        typer.echo(json.dumps(output))
+        return
+    typer.echo(table(found))
+    if overlay is not None:
+        typer.echo(f"kept tokens: {overlay}", err=True)
+
+
+@app.command()
+def sample(
+    out: Annotated[Path, typer.Argument(help="MP4 to write; questions go beside it as JSON.")],
+    seconds: Annotated[float, typer.Option(help="Length.")] = 180.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same video.")] = 7,
+) -> None:
+    """Write a video of the generated world, with questions and true answers."""
+    from tokenprune.eval.mini.sample import write_sample
+
+    questions = write_sample(out, seconds=seconds, seed=seed)
+    typer.echo(
+        f"{out}: {seconds:g} seconds, {len(questions)} questions in {out.with_suffix('.json')}"
+    )
+
+
+@app.command("eval")
+def evaluate(
+    task: Annotated[str, typer.Option(help="What to measure on.")] = "mini-video",
+    frames: Annotated[int, typer.Option(help="Frames of each video.")] = 64,
+    samples: Annotated[int, typer.Option(help="Questions.")] = 500,
+    seed: Annotated[int, typer.Option(help="Which held-out questions.")] = 1,
+    recipe: Annotated[list[str] | None, typer.Option(help=RECIPE_HELP)] = None,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the accuracy of a model under recipes, on held-out questions."""
+    from tokenprune.eval.run import evaluate_recipes
+    from tokenprune.loading import load_model
+    from tokenprune.recipe import Recipe
+
+    recipes = [Recipe.parse(text) for text in recipe or ["none"]]
+    loaded = load_model(model)
+    for result in evaluate_recipes(
+        loaded, recipes, task=task, frames=frames, samples=samples, seed=seed
+    ):
+        typer.echo(json.dumps(result.as_dict()) if as_json else str(result))
+
+
+@app.command("list")
+def list_all(as_json: Json = False) -> None:
+    """List methods and model families."""
+    from tokenprune.adapter import list_models
+    from tokenprune.models import built_in_models
+    from tokenprune.stage import list_methods
+
+    methods = {name: (cls.__doc__ or "").splitlines()[0] for name, cls in list_methods().items()}
+    models, built_in = list(list_models()), list(built_in_models())
+    if as_json:
+        typer.echo(json.dumps({"methods": methods, "models": models, "built_in": built_in}))
+        return
+    width = max(map(len, methods))
+    lines = [f"  {name:<{width}}  {what}" for name, what in methods.items()]
+    typer.echo("\n".join(["methods", *lines, "models", f"  {', '.join(models)}"]))
+    typer.echo(f"built-in models\n  {', '.join(built_in)}")
+
+
+@app.command()
+def demo(
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to serve on.")] = 7860,
+) -> None:
+    """Serve a page that answers questions about a video."""
+    from tokenprune.demos.long_video_qa import serve
+
+    serve(model, host=host, port=port)
+
+
+def table(answers: list[Answer]) -> str:
+    """Answers beside each other, as text."""
+    sites = list(dict.fromkeys(site for one in answers for site in one.media_tokens["per_site"]))
+    rows = [
+        ("recipe", [one.recipe for one in answers]),
+        ("answer", [one.answer for one in answers]),
+        ("frames", [str(one.frames) for one in answers]),
+        ("media tokens", [str(one.media_tokens["before"]) for one in answers]),
+        *(
+            (f"  after {site}", [_site(one.media_tokens["per_site"].get(site)) for one in answers])
+            for site in sites
+        ),
+        ("  in the cache", [str(one.media_tokens["after"]) for one in answers]),
+        ("KV cache", [f"{one.kv_bytes['after'] / 1024:.0f} KiB" for one in answers]),
+        *(
+            (f"{name} seconds", [f"{one.seconds[name]:.3f}" for one in answers])
+            for name in ("index", "decode", "encode", "prefill", "per_token")
+        ),
+    ]
+    width = max(len(cell) for _, cells in rows for cell in cells)
+    return "\n".join(
+        f"{name:<18}" + "  ".join(f"{cell:<{width}}" for cell in cells).rstrip()
+        for name, cells in rows
+    )
+
+
+def _site(tokens: float | None) -> str:
+    return "-" if tokens is None else f"{tokens:g}"
