@@ -118,7 +118,7 @@ class VFlowOptInput(Stage, part=True):
 
     def select(self, context: Context) -> Selection:
         scores = _importance(context)
-        # Counts of cells decide sizes of tensors: one transfer instead of many waits.
+        # How many cells there are decides the sizes of tensors: on a device each would be a wait.
         importance, layout = scores.cpu(), context.layout.to("cpu")
         cells, area = _cells(layout, self.cell)
         budget = allocate(self.keep, self.per, layout)
