@@ -240,7 +240,7 @@ class Adapter(ABC):
         """How many adjacent rows share one sample."""
         placeholders = int((ids == self.token_ids()[modality]).sum())
         encoded = sum(len(queued.item.real) for queued in queue)
-        if placeholders == encoded:
+        if placeholders in (0, encoded):  # what is left of an earlier prompt is no part of this one
             return 1
         repeats = placeholders // max(1, encoded)
         if repeats and placeholders == encoded * repeats and len(ids) % repeats == 0:

@@ -105,7 +105,7 @@ class Patch:
         self._signature = inspect.signature(self._lm.forward)
         self._by_site = _Sites(self.stages)
         self._media: list[MediaCall] = []
-        self._media_used = True
+        self._used: set[Modality] = set()
         self._encoding: MediaCall | None = None
         self._prompt: dict[str, Any] = {}
         self._reset()
@@ -238,8 +238,9 @@ class Patch:
                     result = encode(*args, **kwargs)
                 finally:
                     self._encoding = None
-                if self._media_used:
-                    self._media, self._media_used = [], False
+                if modality in self._used:  # a new prompt; others may have been encoded ahead
+                    self._media = [old for old in self._media if old.modality != modality]
+                    self._used.discard(modality)
                 self._media.append(call)
                 self.report.encoding(started, Mark(self._lm))
                 return result
@@ -296,6 +297,10 @@ class Patch:
         self._reset()
         self._cache = kwargs.get("past_key_values")
         cached = self._cache is not None
+        if not cached and (self.stages or self._compact) and kwargs.get("attention_mask") is None:
+            # Without cache and mask transformers takes gaps in positions for packed sequences.
+            rows = kwargs.get("inputs_embeds", kwargs.get("input_ids"))
+            kwargs["attention_mask"] = rows.new_ones(rows.shape[:2], dtype=torch.int64)
         self._clock = adopt(self._cache, self.shape.layers) if cached else Clock()
         hidden = kwargs.get("inputs_embeds")
         if hidden is None:
@@ -320,7 +325,7 @@ class Patch:
         real = _padding(kwargs.get("attention_mask"))
         if real is not None:
             real = real[:, flight.past : self._clock.end]
-        self._media_used = True
+        self._used = {call.modality for call in self._media}
         self._prefill = Prefill(
             self.adapter,
             self.shape,
@@ -333,8 +338,7 @@ class Patch:
         self._prefill.call.length = self._clock.end
         before = [sample.alive for sample in self._prefill.samples]
         for stage in self._by_site.input:
-            for sample, merge in self._prefill.prune(stage, hidden, flight):
-                hidden = self._merge(hidden, sample, merge, flight)
+            hidden = self._merge(hidden, self._prefill.prune(stage, hidden, flight), flight)
         kwargs["inputs_embeds"] = hidden
         self._pending = self._changed(before)
         self._renumber(kwargs, self._prefill.tokens() if self._pending else None)
@@ -366,17 +370,22 @@ class Patch:
         pairs = zip(before, self._prefill.samples, strict=True)
         return any(len(old) != len(sample.alive) for old, sample in pairs)
 
-    def _merge(self, hidden: Tensor, sample: Sample, merge: Merge, flight: Flight) -> Tensor:
+    def _merge(self, hidden: Tensor, merges: list[tuple[Sample, Merge]], flight: Flight) -> Tensor:
         """New hidden states in which targets have absorbed their sources, DeepStack included."""
-        position = sample.layout.position - flight.past
-        source, target = position[merge.source], position[merge.target]
+        if not merges:
+            return hidden
         hidden = hidden.clone()
-        hidden[sample.number] = _absorb(hidden[sample.number], source, target, merge.weight)
-        if self._deepstack is not None:
-            features, row = self._deepstack
-            source, target = row[sample.number, source], row[sample.number, target]
-            absorbed = [_absorb(one, source, target, merge.weight) for one in features]
-            self._deepstack = absorbed, row
+        features, row = self._deepstack or ([], None)
+        features = [one.clone() for one in features]
+        for sample, merge in merges:
+            position = sample.layout.position - flight.past
+            source, target = position[merge.source], position[merge.target]
+            _absorb_(hidden[sample.number], source, target, merge.weight)
+            for one in features:
+                assert row is not None
+                _absorb_(one, row[sample.number, source], row[sample.number, target], merge.weight)
+        if row is not None:
+            self._deepstack = features, row
         return hidden
 
     def _take_deepstack(self, kwargs: dict[str, Any]) -> None:
@@ -606,12 +615,12 @@ class _Sites:
         ]
 
 
-def _absorb(features: Tensor, source: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """`features [S, D]` with the rows `target` replaced by weighted sums of the rows `source`."""
-    rows, place = torch.unique(target, return_inverse=True)
+def _absorb_(features: Tensor, source: Tensor, target: Tensor, weight: Tensor) -> None:
+    """Replace the rows `target` of `features [S, D]` by weighted sums of the rows `source`."""
+    rows, place = torch.unique(target, return_inverse=True)  # type: ignore[no-untyped-call]
     sums = torch.zeros(len(rows), features.shape[1], device=features.device)
     sums.index_add_(0, place, features[source].float() * weight[:, None].float())
-    return features.index_copy(0, rows, sums.to(features.dtype))
+    features.index_copy_(0, rows, sums.to(features.dtype))
 
 
 def _padding(mask: Any) -> Tensor | None:
