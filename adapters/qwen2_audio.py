@@ -35,6 +35,10 @@ class Qwen2Audio(Adapter):
         return {"audio_tower.forward": "audio"}
 
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
+        ids = prompt.get("input_ids")
+        held = None if ids is None else ids == self.config.audio_token_id
+        if held is not None and not held.any():
+            return []  # the sounds belong to an earlier prompt
         mask = prompt.get("feature_attention_mask")
         mask = call.arguments.get("feature_attention_mask") if mask is None else mask
         if mask is None:
@@ -43,16 +47,12 @@ class Qwen2Audio(Adapter):
                 "that the model's processor returns"
             )
         items = sounds(mask.sum(dim=-1))
-        self._check(prompt.get("input_ids"), items)
-        return items
-
-    def _check(self, ids: Tensor | None, items: list[Item]) -> None:
-        if ids is None or not any(len(item.real) > 1 for item in items):
-            return
-        held = ids == self.config.audio_token_id
-        if not torch.any(held[:, 1:] & held[:, :-1]):
+        longest = max(len(item.real) for item in items)
+        # The model goes by the same sign: expanded placeholders are neighbours.
+        if held is not None and longest > 1 and not torch.any(held[:, 1:] & held[:, :-1]):
             raise UnsupportedModelError(
                 f"the prompt holds {int(held.sum())} audio placeholders for {len(items)} sounds, "
                 "one each, and the model would widen them itself, which cannot be pruned; let the "
                 "model's processor expand the placeholders (give it text and sound in one call)"
             )
+        return items

@@ -7,6 +7,7 @@ stands for.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,10 +18,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.tiny import NAMES, Tiny, build, family_of
-from tokenprune.adapter import Adapter, MediaCall, adapter_for
-from tokenprune.layout import AUDIO, MODALITIES, TokenLayout
-from tokenprune.layout import IMAGE as IMAGES
+from tests.tiny import FAMILIES, IMAGE, NAMES, Tiny, build, family_of
+from tokenprune.adapter import Adapter, MediaCall, adapter_for, list_models
+from tokenprune.errors import UnsupportedModelError
+from tokenprune.layout import AUDIO, MODALITIES, VIDEO, TokenLayout
+from tokenprune.layout import IMAGE as PICTURE
 
 CHANNELS = 4
 CLASS_TOKEN = 999.0
@@ -50,6 +52,7 @@ def watching(tiny: Tiny) -> Iterator[Seen]:
         encode = getattr(owner, name)
         signature = inspect.signature(encode)
 
+        @functools.wraps(encode)  # generate looks at the signature
         def watched(*args: Any, **kwargs: Any) -> Any:
             if inside:
                 return encode(*args, **kwargs)
@@ -64,7 +67,7 @@ def watching(tiny: Tiny) -> Iterator[Seen]:
         return watched
 
     def on_prompt(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        seen.prompt = kwargs
+        seen.prompt = {"input_ids": args[0] if args else None, **kwargs}
 
     def on_embeddings(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         seen.embeddings = kwargs["inputs_embeds"]
@@ -314,7 +317,7 @@ def test_layout_counts_media_in_order(name: str) -> None:
         int((inputs["input_ids"] == token).sum()) for token in adapter.token_ids().values()
     )
     assert layout.item.unique().numel() == ITEMS[name]
-    assert (layout.frame >= 0).eq(layout.modality != IMAGES).all()
+    assert (layout.frame >= 0).eq(layout.modality != PICTURE).all()
     assert (layout.row >= 0).eq(layout.modality != AUDIO).all()
 
 
@@ -336,6 +339,7 @@ ITEMS = {
     "llava_onevision_images": 3,
     "llava_pixtral": 2,
     "qwen2_5_omni": 2,
+    "qwen2_5_omni_interleaved": 2,
     "qwen2_5_vl": 2,
     "qwen2_5_vl_video": 1,
     "qwen2_audio": 2,
@@ -343,3 +347,428 @@ ITEMS = {
     "qwen3_vl": 2,
     "qwen3_vl_video": 1,
 }
+
+
+# -- maps
+
+
+def views_of(encoded: Tensor, name: str, inputs: dict[str, Any], modality: str) -> list[Tensor]:
+    """A map's values view by view: a view is an image, a tile or a frame."""
+    values = encoded[..., 0]
+    if family_of(name) not in QWEN:
+        return list(values)
+    grids = inputs[f"{modality}_grid_thw"].tolist()
+    return list(values.split([h * w for t, h, w in grids for _ in range(t)]))
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["one", "batch"])
+@pytest.mark.parametrize("name", PAINTED)
+def test_align_packs_a_map_as_the_model_packs_a_feature(name: str, batched: bool) -> None:
+    tiny = build(name)
+    inputs = tiny.batch() if batched else tiny.inputs()
+    values = {key: torch.rand(one.shape) for key, one in patches_of(name, inputs).items()}
+    with watching(tiny) as seen, Paint(tiny, values) as paint:
+        tiny.model(**inputs)
+    adapter = adapter_for(tiny.model)
+    rows = adapter.layouts(inputs["input_ids"], seen.calls, seen.prompt)
+    aligned = {}
+    for number, call in enumerate(seen.calls):
+        if call.modality != "audio":
+            maps = views_of(paint.encoded[call.modality], name, inputs, call.modality)
+            aligned[number] = adapter.align(call, maps)
+    assert aligned
+    for b, (layout, items) in enumerate(rows):
+        for number, (call, place) in enumerate(items):
+            if call not in aligned:
+                continue
+            position = layout.position[layout.item == number]
+            packed = seen.embeddings[b, position, 0]
+            torch.testing.assert_close(aligned[call][place], packed, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PAINTED)
+def test_align_keeps_a_constant(name: str) -> None:
+    tiny = build(name)
+    inputs = tiny.inputs()
+    adapter, seen = look(tiny, inputs)
+    layouts(adapter, seen, inputs)
+    for call in seen.calls:
+        if call.modality == "audio":
+            continue
+        patches = patches_of(name, inputs)[call.modality]
+        ones = torch.ones(len(patches), CHANNELS)
+        if family_of(name) not in QWEN:
+            ones = ones.reshape(-1, 36 if name == "internvl" else 16, CHANNELS)
+        for one in adapter.align(call, views_of(ones, name, inputs, call.modality)):
+            torch.testing.assert_close(one, torch.ones_like(one))
+
+
+def test_order_of_windows_is_the_model_s() -> None:
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+
+    adapter: Any = adapter_for(build("qwen2_5_vl").model)
+    grids = [(1, 8, 12), (3, 6, 10), (2, 4, 4)]
+    order, _ = modeling_qwen2_5_vl.get_vision_window_index(torch.tensor(grids), 2, 56, 14)
+    assert adapter._order(grids).tolist() == order.tolist()
+
+
+def test_audio_has_no_tower_to_read() -> None:
+    assert adapter_for(build("qwen2_audio").model).tower("audio") is None
+    omni = adapter_for(build("qwen2_5_omni").model)
+    assert omni.tower("audio") is None
+    assert omni.tower("video") is not None
+
+
+def test_a_windowed_last_block_is_no_tower_to_read() -> None:
+    tiny = build("qwen2_5_vl")
+    tiny.model.config.vision_config.fullatt_block_indexes = [0]
+    assert adapter_for(tiny.model).tower("image") is None
+
+
+@pytest.mark.parametrize(("layer", "block"), [(-2, 1), (-1, 2), (1, 0), (3, 2), ([-2, 1], 1)])
+def test_tower_is_the_block_behind_the_features(layer: int | list[int], block: int) -> None:
+    tiny = build("llava")
+    tiny.model.config.vision_feature_layer = layer
+    tower = adapter_for(tiny.model).tower("image")
+    assert tower is not None
+    assert tower.block is tiny.model.model.vision_tower.encoder.layers[block]
+    assert tower.prefix_tokens == 1
+
+
+def test_embeddings_as_features_have_no_tower_to_read() -> None:
+    tiny = build("llava")
+    tiny.model.config.vision_feature_layer = 0
+    assert adapter_for(tiny.model).tower("image") is None
+
+
+def test_pixtral_has_no_tower_to_read() -> None:
+    tiny = build("llava_pixtral")
+    adapter, seen = look(tiny, tiny.inputs())
+    assert adapter.tower("image") is None
+    assert adapter.grey(seen.calls[0]) is None
+
+
+# -- pixels
+
+OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+STATISTICS = {
+    "internvl": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "llava_onevision": HALF,
+    "qwen3_vl": HALF,
+}
+
+
+def test_grey_undoes_the_normalisation_of_released_processors() -> None:
+    """Means and deviations that are written here are those of the processors."""
+    import transformers
+
+    for processor in ("CLIPImageProcessor", "LlavaNextImageProcessor", "Qwen2VLImageProcessor"):
+        one = getattr(transformers, processor)()
+        assert (tuple(one.image_mean), tuple(one.image_std)) == OPENAI
+    one = transformers.SiglipImageProcessor()
+    assert (tuple(one.image_mean), tuple(one.image_std)) == HALF
+    one = transformers.Qwen3VLVideoProcessor()
+    assert (tuple(one.image_mean), tuple(one.image_std)) == HALF
+
+
+def normalised(levels: Tensor, family: str) -> Tensor:
+    """Pictures `[..., 3, h, w]` of 0..255 as a processor hands them over."""
+    mean, std = (torch.tensor(one)[:, None, None] for one in STATISTICS.get(family, OPENAI))
+    return (levels / 255 - mean) / std
+
+
+def cut(levels: Tensor, patches: Tensor) -> Tensor:
+    """Grey pixels of patches, given by (frame, row, column), of pictures `[F, T, 3, h, w]`."""
+    grey = levels.mean(dim=2).round()
+    return torch.stack(
+        [
+            grey[frame, :, 14 * row : 14 * (row + 1), 14 * column : 14 * (column + 1)].flatten()
+            for frame, row, column in patches.int().tolist()
+        ]
+    )
+
+
+@pytest.mark.parametrize("name", PAINTED)
+def test_grey_gives_the_pixels_below_each_token(name: str) -> None:
+    tiny = build(name)
+    inputs = tiny.inputs()
+    values = patches_of(name, inputs)
+    family = family_of(name)
+    key = {"image": "pixel_values", "video": "pixel_values_videos"}
+    truth: dict[str, list[Tensor]] = {}
+    with watching(tiny) as seen:
+        if family in QWEN:
+            for modality, patches in values.items():
+                # One picture of two moments for each canvas, all of one size.
+                rows, columns = (int(patches[:, n].max()) + 1 for n in (2, 3))
+                canvases = int(patches[:, 0].max()) + 1
+                levels = torch.randint(256, (canvases, 2, 3, 14 * rows, 14 * columns)).float()
+                truth[modality] = [levels]
+                pixels = normalised(levels, family)
+                inputs[key[modality]] = torch.stack(
+                    [
+                        pixels[n, :, :, 14 * row :, 14 * column :][..., :14, :14]
+                        .transpose(0, 1)
+                        .flatten()
+                        for n, _, row, column in patches.int().tolist()
+                    ]
+                )
+        else:
+            (modality,) = values
+            levels = torch.randint(256, inputs[key[modality]].shape).float()
+            truth[modality] = list(levels.flatten(end_dim=-4))
+            inputs[key[modality]] = normalised(levels, family)
+        with Paint(tiny, dict(values)) as paint:
+            tiny.model(**inputs)
+    adapter = adapter_for(tiny.model)
+    for call in seen.calls:
+        if call.modality == "audio":
+            continue
+        grey = adapter.grey(call)
+        encoded = paint.encoded[call.modality]
+        assert grey is not None
+        if family in QWEN:
+            (levels,) = truth[call.modality]
+            wanted = list(cut(levels, encoded[:, [0, 2, 3]]).split([len(one) for one in grey]))
+            assert len(grey) == len(levels)
+        else:
+            side = int(len(grey[0]) ** 0.5)
+            wanted = [cut(one[None, None], raster(1, side, side)) for one in truth[call.modality]]
+            assert len(grey) == len(encoded)
+        for one, other in zip(grey, wanted, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_grey_stays_within_bounds() -> None:
+    tiny = build("llava")
+    inputs = tiny.inputs()
+    inputs["pixel_values"] *= 10
+    adapter, seen = look(tiny, inputs)
+    grey = torch.stack(adapter.grey(seen.calls[0]) or [])
+    assert grey.shape == (2, 16, 196)
+    assert (grey.min(), grey.max()) == (0, 255)
+    assert torch.equal(grey, grey.round())
+
+
+# -- rows of a batch
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layout_of_a_batch_is_that_of_its_samples(name: str) -> None:
+    tiny = build(name)
+    alone = [tiny.inputs(0, 7), tiny.inputs(1, 4, short=True)]
+    inputs = tiny.batch(0)
+    adapter, seen = look(tiny, inputs)
+    together = layouts(adapter, seen, inputs)
+    for one, found in zip(alone, together, strict=True):
+        _, seen = look(tiny, one)
+        (layout,) = layouts(adapter, seen, one)
+        padding = inputs["input_ids"].shape[1] - one["input_ids"].shape[1]
+        assert_same(found, layout, padding)
+
+
+def assert_same(one: TokenLayout, other: TokenLayout, shift: int = 0) -> None:
+    assert torch.equal(one.position, other.position + shift)
+    for column in ("modality", "item", "canvas", "frame", "row", "column"):
+        assert torch.equal(getattr(one, column), getattr(other, column)), column
+    torch.testing.assert_close(one.seconds, other.seconds, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_beams_share_the_media_of_their_sample(name: str) -> None:
+    tiny = build(name)
+    inputs = tiny.batch(0)
+    if name == "qwen2_audio":
+        # Sounds go with rows, and generate repeats each of them: one a row.
+        inputs = {key: one[1:].repeat(2, *[1] * (one.ndim - 1)) for key, one in inputs.items()}
+        inputs["input_features"] = inputs["input_features"][1::2]
+        inputs["feature_attention_mask"] = inputs["feature_attention_mask"][1::2]
+    adapter, seen = look(tiny, inputs)
+    alone = layouts(adapter, seen, inputs)
+    found: list[TokenLayout] = []
+    with watching(tiny) as seen:
+
+        def on_prefill(*_: Any) -> None:
+            if not found:
+                found.extend(layouts(adapter, seen, seen.prompt))
+
+        hook = tiny.model.get_decoder().register_forward_pre_hook(on_prefill)
+        tiny.model.generate(
+            **inputs,
+            num_beams=3,
+            max_new_tokens=1,
+            do_sample=False,
+            suppress_tokens=tiny.suppress,
+        )
+        hook.remove()
+    assert len(found) == 3 * len(alone)
+    for b, layout in enumerate(found):
+        assert_same(layout, alone[b // 3])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_placeholders_without_media_fail(name: str) -> None:
+    tiny = build(name)
+    inputs = tiny.inputs()
+    adapter, seen = look(tiny, inputs)
+    (layout,) = layouts(adapter, seen, inputs)
+    fewer = inputs["input_ids"].clone()
+    fewer[0, layout.position[3]] = 7
+    for calls, ids in (([], inputs["input_ids"]), (seen.calls, fewer)):
+        with pytest.raises(UnsupportedModelError, match=r"placeholders.*expand the placeholders"):
+            adapter.layouts(ids, calls, {**seen.prompt, "input_ids": ids})
+
+
+def test_media_that_straddle_rows_fail() -> None:
+    tiny = build("llava")
+    adapter, seen = look(tiny, tiny.inputs())
+    ids = torch.full((2, 20), 7)
+    ids[0, :12] = ids[1, :] = IMAGE
+    with pytest.raises(UnsupportedModelError, match="whole images, clips or sounds"):
+        adapter.layouts(ids, seen.calls, {})
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl", "qwen2_audio"])
+def test_text_alone_has_no_media(name: str) -> None:
+    """Not even what an earlier prompt left behind."""
+    tiny = build(name)
+    adapter, seen = look(tiny, tiny.inputs())
+    ids = torch.full((1, 9), 7)
+    for calls in ([], seen.calls):
+        ((layout, items),) = adapter.layouts(ids, calls, {"input_ids": ids})
+        assert len(layout) == 0
+        assert items == []
+
+
+def test_offset_moves_positions() -> None:
+    tiny = build("qwen2_vl")
+    inputs = tiny.inputs()
+    adapter, seen = look(tiny, inputs)
+    (layout,) = layouts(adapter, seen, inputs)
+    ((moved, _),) = adapter.layouts(inputs["input_ids"], seen.calls, seen.prompt, offset=100)
+    assert_same(moved, layout, 100)
+
+
+# -- what is particular to a family
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [("qwen2_5_vl", 1.0), ("qwen2_5_omni", 1.0), ("qwen2_vl", None)]
+)
+def test_seconds_of_frames(name: str, step: float | None) -> None:
+    tiny = build(name)
+    inputs = tiny.inputs()
+    adapter, seen = look(tiny, inputs)
+    (layout,) = layouts(adapter, seen, inputs)
+    clip = layout[layout.modality == VIDEO]
+    if step is None:
+        assert clip.seconds.isnan().all()
+    else:
+        assert torch.equal(clip.seconds, clip.frame * step)
+    assert layout[layout.modality == PICTURE].seconds[1:].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["qwen2_audio", "qwen2_5_omni"])
+def test_sounds_have_25_tokens_a_second(name: str) -> None:
+    tiny = build(name)
+    inputs = tiny.inputs()
+    adapter, seen = look(tiny, inputs)
+    (layout,) = layouts(adapter, seen, inputs)
+    heard = layout[layout.modality == AUDIO]
+    for item in heard.item.unique():
+        sound = heard[heard.item == item]
+        assert torch.equal(sound.column, torch.arange(len(sound)))
+        assert torch.equal(sound.frame, sound.column)
+        torch.testing.assert_close(sound.seconds, sound.column.double() / 25)
+
+
+@pytest.mark.parametrize("mel_frames", range(4, 100))
+def test_tokens_of_a_sound_are_as_many_as_the_tower_says(mel_frames: int) -> None:
+    from tokenprune.adapters.qwen2_audio import sounds
+
+    tower: Any = build("qwen2_audio").model.model.audio_tower
+    lengths = torch.tensor([mel_frames])
+    (sound,) = sounds(lengths)
+    assert len(sound.real) == int(tower._get_feat_extract_output_lengths(lengths)[1])
+
+
+def test_one_placeholder_a_sound_fails() -> None:
+    tiny = build("qwen2_audio")
+    inputs = tiny.inputs()
+    adapter, seen = look(tiny, inputs)
+    prompt = {**seen.prompt, "input_ids": torch.tensor([[5, 157, 6, 155, 7]])}
+    with pytest.raises(UnsupportedModelError, match="expand the placeholders"):
+        adapter.layouts(prompt["input_ids"], seen.calls, prompt)
+
+
+def test_sound_of_unknown_length_fails() -> None:
+    tiny = build("qwen2_audio")
+    inputs = tiny.inputs()
+    adapter, seen = look(tiny, inputs)
+    with pytest.raises(UnsupportedModelError, match="feature_attention_mask"):
+        adapter.layouts(inputs["input_ids"], seen.calls, {"input_ids": inputs["input_ids"]})
+
+
+def test_pixtral_pictures_keep_their_shapes() -> None:
+    tiny = build("llava_pixtral")
+    inputs = tiny.inputs()
+    adapter, seen = look(tiny, inputs)
+    (layout,) = layouts(adapter, seen, inputs)
+    rows = torch.cat([raster(1, 4, 5), raster(1, 2, 3)])
+    assert torch.equal(torch.stack([layout.row, layout.column], dim=1), rows[:, 1:])
+
+
+def test_class_token_among_the_features_is_no_patch() -> None:
+    tiny = build("llava")
+    tiny.model.config.vision_feature_select_strategy = "full"
+    inputs = tiny.inputs()
+    ids = [5, *[IMAGE] * 17, 6, *[IMAGE] * 17, 7]
+    inputs |= {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids))}
+    adapter, seen = look(tiny, inputs)
+    (layout,) = layouts(adapter, seen, inputs)
+    assert layout.position.tolist() == [*range(2, 18), *range(20, 36)]
+
+
+def test_tiles_of_an_unbroken_run_are_one_image() -> None:
+    tiny = build("internvl")
+    inputs = tiny.inputs()
+    adapter, seen = look(tiny, inputs)
+    (layout,) = layouts(adapter, seen, inputs)
+    assert torch.bincount(layout.item).tolist() == [27, 9, 9, 9]
+    assert torch.bincount(layout.canvas).tolist() == [9] * 6
+
+
+def test_sound_track_inside_a_clip() -> None:
+    """`use_audio_in_video`: chunks of frames and of sound take turns."""
+    tiny = build("qwen2_5_omni_interleaved")
+    inputs = tiny.inputs()
+    adapter, seen = look(tiny, inputs)
+    (layout,) = layouts(adapter, seen, inputs)
+    assert layout.modality.diff().count_nonzero() > 1
+    assert layout.item.unique().tolist() == [0, 1]
+    for modality, (column, count) in {VIDEO: ("frame", 3), AUDIO: ("column", 30)}.items():
+        of = layout[layout.modality == modality]
+        assert getattr(of, column).unique().tolist() == list(range(count))
+        assert (of.seconds.diff() >= 0).all()
+
+
+def test_registry_lists_each_family() -> None:
+    known = list_models()
+    for name in FAMILIES:
+        model = build(name).model
+        assert type(adapter_for(model)) is known[model.config.model_type]
+
+
+def test_unknown_model_type_fails() -> None:
+    import transformers
+
+    config = transformers.Qwen2Config(
+        vocab_size=10,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    with pytest.raises(UnsupportedModelError, match="no adapter for model_type 'qwen2'; known: "):
+        adapter_for(transformers.Qwen2ForCausalLM(config))

@@ -74,6 +74,9 @@ def pad_batch(a: Inputs, b: Inputs) -> Inputs:
         second = b[key]
         if key in ("input_ids", "attention_mask", "mm_token_type_ids"):
             first, second = _pad_left(first, length), _pad_left(second, length)
+        elif not isinstance(first, Tensor):
+            batch[key] = first
+            continue
         elif first.shape[1:] != second.shape[1:]:
             # Tiles of an image, or time of a sound: zeros after the end.
             size = [max(x, y) for x, y in zip(first.shape[1:], second.shape[1:], strict=True)]
@@ -496,9 +499,29 @@ def _qwen2_5_omni(name: str, attention: str) -> Tiny:
         vision_end_token_id=VISION_END,
         audio_start_token_id=AUDIO_START,
         audio_end_token_id=AUDIO_END,
+        position_id_per_seconds=25,
+        seconds_per_chunk=1,
     )
 
-    def make(generator: torch.Generator, closing: int, short: bool) -> Inputs:
+    def interleaved(generator: torch.Generator, closing: int, short: bool) -> Inputs:
+        # The sound track of a clip with a frame a second, as `use_audio_in_video` wants it: each
+        # second its frame, then its 25 tokens of sound.
+        grid, frames, chunks = ((2, 4, 8), 48, [12]) if short else ((3, 4, 8), 120, [25, 5])
+        span = [VISION_START, AUDIO_START]
+        for second in range(grid[0]):
+            span += [VIDEO] * 8 + [AUDIO] * sum(chunks[second : second + 1])
+        span += [AUDIO_END, VISION_END]
+        return {
+            "input_ids": _prompt(generator, [span], closing),
+            "pixel_values_videos": _patches(generator, [grid]),
+            "video_grid_thw": torch.tensor([grid]),
+            "video_second_per_grid": torch.tensor([1.0]),
+            "input_features": _noise(generator, 1, 16, frames),
+            "feature_attention_mask": torch.ones(1, frames, dtype=torch.int64),
+            "use_audio_in_video": True,
+        }
+
+    def separate(generator: torch.Generator, closing: int, short: bool) -> Inputs:
         grid, frames = ((2, 4, 8), 48) if short else ((3, 4, 8), 80)
         spans = [
             [VISION_START] + [VIDEO] * _merged(grid) + [VISION_END],
@@ -513,6 +536,7 @@ def _qwen2_5_omni(name: str, attention: str) -> Tiny:
             "feature_attention_mask": torch.ones(1, frames, dtype=torch.int64),
         }
 
+    make = interleaved if name == "qwen2_5_omni_interleaved" else separate
     architecture = transformers.Qwen2_5OmniThinkerForConditionalGeneration
     return _tiny(name, architecture, config, attention, make)
 
@@ -537,6 +561,7 @@ VARIANTS: dict[str, Builder] = {
     "llava_onevision_image": _llava_onevision,
     "llava_onevision_images": _llava_onevision,
     "llava_pixtral": _llava_pixtral,
+    "qwen2_5_omni_interleaved": _qwen2_5_omni,
     "qwen2_5_vl_video": _qwen2_5_vl,
     "qwen3_vl_video": _qwen3_vl,
 }
