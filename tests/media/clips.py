@@ -11,6 +11,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder: errors only
@@ -69,7 +70,9 @@ def encode(
     sound: bool = False,
 ) -> Clip:
     """Write a clip at 30 frames a second, or with `times` in milliseconds."""
-    with av.open(str(path), "w", format=form, options=mux or {}) as container:
+    reformatter = VideoReformatter()
+    options_of_file = {"fflags": "+bitexact", **(mux or {})}  # the same bytes each time
+    with av.open(str(path), "w", format=form, options=options_of_file) as container:
         stream = container.add_stream(codec, rate=30, options=options or {})
         first = turn(draw(0)) if turn else draw(0)
         stream.height, stream.width = first.shape[:2]
@@ -83,6 +86,7 @@ def encode(
         for position, number in enumerate(numbers):
             picture = turn(draw(number)) if turn else draw(number)
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame = reformatter.reformat(frame, format=pixels, threads=1)
             frame.pts = position if times is None else times[position]
             frame.time_base = Fraction(1, 30) if times is None else Fraction(1, 1000)
             for packet in stream.encode(frame):
@@ -110,7 +114,7 @@ def write_tone(container: object, track: object, seconds: float, hertz: float = 
 
 
 def x264(text: str) -> dict[str, str]:
-    return {"preset": "veryfast", "x264-params": text}
+    return {"preset": "veryfast", "x264-params": f"threads=1:{text}"}
 
 
 def decode_sequentially(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
@@ -186,7 +190,10 @@ def _hidden(folder: Path) -> Clip:
     """Every tenth picture is stored, but marked in its first byte as not to be shown."""
     clip = KINDS["vp8"](folder)
     path = folder / "hidden.webm"
-    with av.open(str(clip.path)) as source, av.open(str(path), "w") as target:
+    with (
+        av.open(str(clip.path)) as source,
+        av.open(str(path), "w", options={"fflags": "+bitexact"}) as target,
+    ):
         stream = target.add_stream_from_template(source.streams.video[0])
         for number, packet in enumerate(source.demux(video=0)):
             if not packet.size:
@@ -210,7 +217,8 @@ def _uneven(folder: Path, name: str) -> Clip:
 OPEN = "open-gop=1:keyint=18:min-keyint=18:bframes=3:b-pyramid=2:scenecut=0"
 X265 = "log-level=none:pools=none:frame-threads=1:"
 KINDS: dict[str, Callable[[Path], Clip]] = {
-    "h264_bframes": lambda d: encode(d / "b.mp4", options=x264("keyint=24:bframes=3"), sound=True),
+    "h264_bframes": lambda d: encode(d / "b.mp4", options=x264("keyint=24:bframes=3")),
+    "h264_sound": lambda d: encode(d / "s.mp4", options=x264("keyint=24:bframes=3"), sound=True),
     "h264_open_gop": lambda d: encode(d / "o.mp4", options=x264(OPEN)),
     "h264_no_bframes": lambda d: encode(d / "n.mp4", options=x264("keyint=24:bframes=0")),
     "h264_all_intra": lambda d: encode(d / "i.mp4", options=x264("keyint=1")),
