@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tokenprune.loading import LoadedModel, Media, read_media
 from tokenprune.recipe import Recipe
 from tokenprune.report import KVBytes, MediaTokens, Report
 
-__all__ = ["Answer", "answer", "ask", "default_recipe"]
+__all__ = ["Answer", "answer", "ask", "default_recipe", "numbers"]
 
 
 @dataclass(frozen=True)
@@ -122,3 +123,30 @@ def answer(
         report=report,
         pictures=media.frames,
     )
+
+
+def numbers(answers: Sequence[Answer]) -> list[tuple[str, list[str]]]:
+    """What answers cost, row by row: its name, and a cell for each answer."""
+    sites = list(dict.fromkeys(site for one in answers for site in one.media_tokens["per_site"]))
+    return [
+        ("frames", [str(one.frames) for one in answers]),
+        ("media tokens", [str(one.media_tokens["before"]) for one in answers]),
+        *(
+            (f"  after {site}", [_left(one.media_tokens["per_site"].get(site)) for one in answers])
+            for site in sites
+        ),
+        ("  in the cache", [str(one.media_tokens["after"]) for one in answers]),
+        ("KV cache", [_size(one.kv_bytes["after"]) for one in answers]),
+        *(
+            (f"{name.replace('_', ' ')} seconds", [f"{one.seconds[name]:.3f}" for one in answers])
+            for name in ("index", "decode", "encode", "prefill", "per_token")
+        ),
+    ]
+
+
+def _left(tokens: float | None) -> str:
+    return "-" if tokens is None else f"{tokens:g}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**10:.0f} KiB" if count < 10 * 2**20 else f"{count / 2**20:.1f} MiB"

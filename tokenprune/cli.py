@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import textwrap
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -155,30 +157,21 @@ def demo(
 
 
 def table(answers: list[Answer]) -> str:
-    """Answers beside each other, as text."""
-    sites = list(dict.fromkeys(site for one in answers for site in one.media_tokens["per_site"]))
+    """Answers beside each other, as text of at most 100 columns; long cells are folded."""
+    from tokenprune.answering import numbers
+
     rows = [
         ("recipe", [one.recipe for one in answers]),
         ("answer", [one.answer for one in answers]),
-        ("frames", [str(one.frames) for one in answers]),
-        ("media tokens", [str(one.media_tokens["before"]) for one in answers]),
-        *(
-            (f"  after {site}", [_site(one.media_tokens["per_site"].get(site)) for one in answers])
-            for site in sites
-        ),
-        ("  in the cache", [str(one.media_tokens["after"]) for one in answers]),
-        ("KV cache", [f"{one.kv_bytes['after'] / 1024:.0f} KiB" for one in answers]),
-        *(
-            (f"{name} seconds", [f"{one.seconds[name]:.3f}" for one in answers])
-            for name in ("index", "decode", "encode", "prefill", "per_token")
-        ),
+        *numbers(answers),
     ]
-    width = max(len(cell) for _, cells in rows for cell in cells)
-    return "\n".join(
-        f"{name:<18}" + "  ".join(f"{cell:<{width}}" for cell in cells).rstrip()
-        for name, cells in rows
-    )
-
-
-def _site(tokens: float | None) -> str:
-    return "-" if tokens is None else f"{tokens:g}"
+    longest = max(len(cell) for _, cells in rows for cell in cells)
+    width = min(longest, (100 - 18) // len(answers) - 2)
+    lines = []
+    for name, cells in rows:
+        folded = [textwrap.wrap(cell, width) for cell in cells]
+        for parts in list(zip_longest(*folded, fillvalue="")) or [()]:
+            line = f"{name:<18}" + "  ".join(f"{part:<{width}}" for part in parts)
+            lines.append(line.rstrip())
+            name = ""
+    return "\n".join(lines)
