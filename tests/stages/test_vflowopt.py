@@ -531,6 +531,13 @@ def test_budget_per_prompt_ranks_items_together() -> None:
     assert jointly.select(input_context(layout, importance)).index.tolist() == [4, 5, 6, 7]
 
 
+def test_round_one_fails() -> None:
+    importance = torch.ones(16)
+    importance[3] = torch.nan
+    with pytest.raises(UnsupportedModelError, match="the importance map holds nan"):
+        VFlowOptInput(keep=0.5).select(input_context(grid(4, 4), importance))
+
+
 # -- later rounds, and what passes between them
 
 

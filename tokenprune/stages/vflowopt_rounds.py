@@ -99,6 +99,9 @@ class VFlowOptInput(Stage, part=True):
             choice).
         recycled: Largest share of the kept tokens that are recycled ones.
         per: Shares are of each item, or of the whole prompt.
+
+    Raises:
+        UnsupportedModelError: The map holds nan, which merges would spread.
     """
 
     keep: float
@@ -120,6 +123,11 @@ class VFlowOptInput(Stage, part=True):
         scores = _importance(context)
         # How many cells there are decides the sizes of tensors: on a device each would be a wait.
         importance, layout = scores.cpu(), context.layout.to("cpu")
+        if importance.isnan().any():
+            raise UnsupportedModelError(
+                "the importance map holds nan: this model's adapter reads no encoder for some of "
+                "the tokens, or the encoder overflowed; load the model in bfloat16 or float32"
+            )
         cells, area = _cells(layout, self.cell)
         budget = allocate(self.keep, self.per, layout)
         parts = []
