@@ -79,14 +79,14 @@ def test_scaled_in_the_decoder(clip):
 def test_size_rule_sees_the_upright_picture(clip):
     seen = []
 
-    def half(height: int, width: int) -> tuple[int, int]:
-        seen.append((height, width))
+    def half(height: int, width: int, frames: int) -> tuple[int, int]:
+        seen.append((height, width, frames))
         return height // 2, width // 2
 
     plain = read_video(clip("h264_bframes").path, frames=1, size=half)
     turned = read_video(clip("h264_rotated").path, frames=1, size=half)
 
-    assert seen == [(112, 192), (112, 192)]
+    assert seen == [(112, 192, 1), (112, 192, 1)]
     assert plain.frames.shape == turned.frames.shape == (1, 3, 56, 96)
     assert turned.metadata.rotation == 270
     assert read_number(turned.frames[0].numpy()) == 0

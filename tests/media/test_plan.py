@@ -7,7 +7,7 @@ import pytest
 
 from tokenprune.media import PacketIndex, VideoInfo, index_video, plan
 from tokenprune.media.demux import PacketReader
-from tokenprune.media.plan import cpu_limit, decode_start, earlier_start, plan_units, worker_count
+from tokenprune.media.plan import cpu_limit, decode_starts, earlier_start, plan_units, worker_count
 
 
 def table(pts, keyframes, epoch=None, timed=True):
@@ -56,8 +56,7 @@ def test_every_frame_is_planned_once():
 
 
 def test_leading_pictures_need_the_group_before():
-    assert decode_start(OPEN, 5) == 0
-    assert decode_start(OPEN, 7) == 4
+    assert decode_starts(OPEN, np.array([5, 7, 0])).tolist() == [0, 4, 0]
     assert units(OPEN, [5]) == [(0, 6, 0, [5])]
     assert units(OPEN, [7]) == [(4, 8, 0, [7])]
     assert units(OPEN, [4, 6, 9]) == [(0, 7, 0, [4, 6, 9])]
@@ -65,7 +64,7 @@ def test_leading_pictures_need_the_group_before():
 
 def test_no_picture_refers_across_a_break_of_the_clock():
     broken = table(OPEN.pts, [0, 4], epoch=[0] * 4 + [1] * 6)
-    assert decode_start(broken, 5) == 4
+    assert decode_starts(broken, np.array([5, 7])).tolist() == [4, 4]
     assert earlier_start(broken, 4, 1) == 4
     assert earlier_start(CLOSED, 8, 1) == 4
     assert earlier_start(CLOSED, 8, 9) == 0

@@ -83,7 +83,10 @@ def test_seconds_take_the_frame_on_screen(clip):
         ({"start": 5}, r"start < 2\.400 .*got start=5"),
         ({"size": (0, 5)}, r"size must be \(height, width\), .*got \(0, 5\)"),
         ({"size": (5,)}, r"size must be \(height, width\), .*got \(5,\)"),
-        ({"size": lambda height, width: (height / 2, width)}, r"size must be .*got \(56\.0, 192\)"),
+        (
+            {"size": lambda height, width, frames: (height / 2, width)},
+            r"size must be .*\(56\.0, 192\)",
+        ),
         ({"workers": 0}, "workers must be at least 1, got 0"),
     ],
 )

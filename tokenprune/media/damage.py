@@ -3,8 +3,10 @@
 from collections import deque
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tokenprune.media.index import PacketIndex
-from tokenprune.media.plan import decode_start
+from tokenprune.media.plan import decode_starts
 
 
 class Decoded(NamedTuple):
@@ -77,15 +79,18 @@ class Sieve:
 
     def _note(self, number: int) -> None:
         # A leading picture of the first group lacks what it is built on. That harms no other.
-        if decode_start(self._index, number) >= self._first:
+        if self._start(number) >= self._first:
             self._damage.append(number)
 
     def _judge(self, place: int, picture: Any) -> Decoded:
         if not self._damage:
             return Decoded(place, picture, False)
         number = self._number[place]
-        start = decode_start(self._index, number)
+        start = self._start(number)
         return Decoded(place, picture, any(start <= bad <= number for bad in self._damage))
+
+    def _start(self, number: int) -> int:
+        return int(decode_starts(self._index, np.array([number]))[0])
 
 
 class Counter:

@@ -103,6 +103,7 @@ class FrameDecoder:
                 thread.join()
         self._reader.close()
         self._blocks.clear()
+        self._left.clear()  # else a group that was ready would be looked for
 
     @property
     def pictures_decoded(self) -> int:

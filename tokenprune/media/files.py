@@ -15,12 +15,7 @@ from tokenprune.errors import DecodeError, MediaError, NoVideoStreamError
 def open_media(path: str | os.PathLike[str]) -> Iterator[Any]:
     """Open a file with PyAV; every failure is a `MediaError` that names the file."""
     name = os.fspath(path)
-    if not Path(name).exists():
-        raise MediaError(f"no such file: {name!r}; give the path of a local media file")
-    if not Path(name).is_file():
-        raise MediaError(f"{name!r} is not a file; give the path of a local media file")
-    if Path(name).stat().st_size == 0:
-        raise DecodeError(f"{name!r} is empty; give a media file")
+    check_file(name)
     try:
         container = av.open(name, metadata_errors="replace")
     except (av.error.FFmpegError, OSError) as error:
@@ -31,6 +26,21 @@ def open_media(path: str | os.PathLike[str]) -> Iterator[Any]:
         yield container
     finally:
         container.close()
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Check that there is a file with something in it.
+
+    Raises:
+        MediaError: there is none, or it is empty.
+    """
+    name = os.fspath(path)
+    if not Path(name).exists():
+        raise MediaError(f"no such file: {name!r}; give the path of a local media file")
+    if not Path(name).is_file():
+        raise MediaError(f"{name!r} is not a file; give the path of a local media file")
+    if Path(name).stat().st_size == 0:
+        raise DecodeError(f"{name!r} is empty; give a media file")
 
 
 def video_stream(container: Any) -> Any:

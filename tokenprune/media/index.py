@@ -6,6 +6,7 @@ declares about counts, duration or rate.
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import av
@@ -94,7 +95,7 @@ class PacketIndex:
         info = self.info
         return f"PacketIndex({info.path!r}, frames={info.frame_count}, packets={len(self.pts)})"
 
-    @property
+    @cached_property
     def starts(self) -> Ints:
         """`[G]` packets where decoding can begin: the keyframes, and the first packet."""
         starts = np.flatnonzero(self.keyframe)

@@ -45,14 +45,14 @@ def plan_units(index: PacketIndex, ranks: Ints) -> list[Unit]:
         last = min(len(index.pts), int(ranks[-1]) + 64) - 1
         return [Unit(0, last, 0, ranks, int(index.size[: last + 1].sum()))]
     packets = index.order[ranks]
-    starts = [decode_start(index, int(packet)) for packet in packets]
+    starts = decode_starts(index, packets)
     units = []
     row = 0
     while row < len(ranks):
-        first, last, end = starts[row], int(packets[row]), row + 1
+        first, last, end = int(starts[row]), int(packets[row]), row + 1
         while end < len(ranks) and starts[end] <= last:
             last = max(last, int(packets[end]))
-            first = min(first, starts[end])
+            first = min(first, int(starts[end]))
             end += 1
         units.append(
             Unit(first, last, row, ranks[row:end], int(index.size[first : last + 1].sum()))
@@ -61,19 +61,20 @@ def plan_units(index: PacketIndex, ranks: Ints) -> list[Unit]:
     return units
 
 
-def decode_start(index: PacketIndex, packet: int) -> int:
-    """The packet to begin at so that `packet` is decoded exactly.
+def decode_starts(index: PacketIndex, packets: Ints) -> Ints:
+    """The packets `[F]` to begin at so that `packets` `[F]` are decoded exactly.
 
-    That is the keyframe before it; or, if it is shown before that keyframe (a leading picture of
-    an open group), the keyframe before that one, since it may refer to pictures of both.
+    That is the keyframe before; or, for one that is shown before that keyframe (a leading picture
+    of an open group), the keyframe before that, since it may refer to pictures of both groups.
     """
-    starts = index.starts
-    at = int(np.searchsorted(starts, packet, "right")) - 1
-    while at > 0 and index.place[packet] < index.place[starts[at]]:
-        if index.epoch[starts[at - 1]] != index.epoch[packet]:
-            break
-        at -= 1
-    return int(starts[at])
+    starts, place, epoch = index.starts, index.place, index.epoch
+    at = np.searchsorted(starts, packets, "right") - 1
+    while True:
+        back = (at > 0) & (place[packets] < place[starts[at]])
+        back &= epoch[starts[np.maximum(at - 1, 0)]] == epoch[packets]
+        if not back.any():
+            return starts[at]
+        at = at - back
 
 
 def earlier_start(index: PacketIndex, first: int, keyframes: int) -> int:

@@ -8,7 +8,8 @@ import numpy as np
 from tokenprune.errors import MediaError
 from tokenprune.media.index import Ints, PacketIndex, VideoInfo
 
-SizeRule = Callable[[int, int], tuple[int, int]]
+SizeRule = Callable[[int, int, int], tuple[int, int]]
+"""From height and width of the source and the number of frames to height and width."""
 
 DEFAULT_FRAMES = 64
 LARGEST_SIDE = 16384
@@ -43,21 +44,36 @@ def choose_ranks(
         return _by_index(index, indices)
     if seconds is not None:
         return _by_time(index, seconds)
+    check_amount(frames, fps)
     begin, stop = _range(index.info, start, end)
     if fps is not None:
         return _by_rate(index, fps, begin, stop)
     return _by_count(index, DEFAULT_FRAMES if frames is None else frames, begin, stop)
 
 
-def resolve_size(size: tuple[int, int] | SizeRule | None, info: VideoInfo) -> tuple[int, int]:
-    """Height and width to deliver: the source's, those given, or what the rule makes of the source.
+def check_amount(frames: int | None, fps: float | None) -> None:
+    """Check how many frames are asked for, by number or by rate.
+
+    Raises:
+        MediaError: a number that no video could give.
+    """
+    if frames is not None and (not _is_whole(frames) or frames < 1):
+        raise MediaError(f"frames must be a whole number of at least 1, got {frames!r}")
+    if fps is not None and not (isinstance(fps, int | float) and math.isfinite(fps) and fps > 0):
+        raise MediaError(f"fps must be a number above 0, got {fps!r}")
+
+
+def resolve_size(
+    size: tuple[int, int] | SizeRule | None, info: VideoInfo, frames: int
+) -> tuple[int, int]:
+    """Height and width to deliver: the source's, those given, or what the rule says.
 
     Raises:
         MediaError: not two whole numbers from 1 to 16384.
     """
     if size is None:
         return info.height, info.width
-    pair = size(info.height, info.width) if callable(size) else size
+    pair = size(info.height, info.width, frames) if callable(size) else size
     good = isinstance(pair, Sequence) and len(pair) == 2 and all(map(_is_whole, pair))
     if not good or not all(1 <= side <= LARGEST_SIDE for side in pair):
         raise MediaError(
@@ -67,8 +83,6 @@ def resolve_size(size: tuple[int, int] | SizeRule | None, info: VideoInfo) -> tu
 
 
 def _by_count(index: PacketIndex, frames: int, begin: float, stop: float) -> Ints:
-    if not _is_whole(frames) or frames < 1:
-        raise MediaError(f"frames must be a whole number of at least 1, got {frames!r}")
     first, last = _on_screen(index, np.array([begin]))[0], _before(index, stop)
     last = max(first, last)
     count = min(int(frames), int(last - first) + 1)
@@ -76,8 +90,6 @@ def _by_count(index: PacketIndex, frames: int, begin: float, stop: float) -> Int
 
 
 def _by_rate(index: PacketIndex, fps: float, begin: float, stop: float) -> Ints:
-    if not (isinstance(fps, int | float) and math.isfinite(fps) and fps > 0):
-        raise MediaError(f"fps must be a number above 0, got {fps!r}")
     count = max(1, math.ceil((stop - begin) * fps - 1e-6))
     count = min(count, index.info.frame_count * 2 + 1) if fps > 1000 else count
     return np.unique(_on_screen(index, begin + np.arange(count) / fps))

@@ -120,8 +120,9 @@ def read_video(
         seconds: times from the video's first frame: at each the frame on screen.
         start: seconds where the range begins, with `frames` or `fps`.
         end: seconds where it ends (exclusive); past the end of the video means its end.
-        size: height and width of the frames, or a rule that makes them from the source's height
-            and width; None keeps the source's size. Frames are scaled in the decoder (bilinear).
+        size: height and width of the frames, or a rule that makes them from the source's height,
+            its width, and the number of frames, since some models share a budget of pixels over
+            them; None keeps the source's size. Frames are scaled in the decoder (bilinear).
         workers: threads; None means one for each core we may use.
 
     Raises:
@@ -132,7 +133,7 @@ def read_video(
     asked = choose_ranks(
         index, frames=frames, fps=fps, indices=indices, seconds=seconds, start=start, end=end
     )
-    height_width = resolve_size(size, index.info)
+    height_width = resolve_size(size, index.info, len(asked))
     ranks, back = np.unique(asked, return_inverse=True)
     begin = time.perf_counter()
     many = len(ranks)
@@ -181,7 +182,8 @@ def stream_video(
     )
     if (np.diff(ranks) <= 0).any():
         raise MediaError("stream_video delivers frames in order, each once; ask for them like that")
-    return _stream(index, ranks, resolve_size(size, index.info), group, count, spent)
+    height_width = resolve_size(size, index.info, len(ranks))
+    return _stream(index, ranks, height_width, group, count, spent)
 
 
 def _stream(
