@@ -1,0 +1,164 @@
+"""Accuracy against share kept: every method beside random and uniform selection.
+
+    python -m tokenprune.eval.bench.quality --samples 500 --out runs/quality.jsonl
+
+One line of JSON a recipe, written as it is done; a rerun skips what is there. Every method has a
+random partner of its size: its media entries a layer may exceed the partner's by at most 0.1 %, or
+the run fails.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from tokenprune.errors import TokenPruneError
+from tokenprune.eval.run import evaluate_recipes
+from tokenprune.loading import load_model
+from tokenprune.recipe import Recipe
+
+KEEPS = (0.5, 0.25, 0.1, 0.05)
+SEEDS = (0, 1, 2)
+HARD = ("after", "before", "count")
+SLACK = 1.001  # how many more entries than its random partner a row may have
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe, the share it is listed under, and the random recipe of its size."""
+
+    keep: float
+    recipe: str
+    partner: str | None = None
+
+
+def fixed_rows() -> list[Row]:
+    """Recipes whose text is known beforehand."""
+    found = [Row(1.0, "none")]
+    for keep in KEEPS:
+        found += [Row(keep, f"random(keep={keep} seed={seed})") for seed in SEEDS]
+        partner = f"random(keep={keep} seed={SEEDS[0]})"
+        found.append(Row(keep, f"uniform(keep={keep})", partner))
+        found.append(Row(keep, f"vflowopt(keep={keep})", partner))
+    return found
+
+
+def cache_rows(done: dict[str, dict[str, Any]] | None = None) -> list[Row]:
+    """PLPHP chooses its size itself; random cache pruning then gets that size, rounded up."""
+    found = []
+    for keep in KEEPS:
+        recipe = f"plphp(keep={keep})"
+        if done is None:
+            found.append(Row(keep, recipe))
+            continue
+        tokens = done[recipe]["media_tokens"]
+        share = math.ceil(tokens["after"] / tokens["before"] * 1e4) / 1e4
+        partners = [f"random(keep={share} at=cache seed={seed})" for seed in SEEDS]
+        found += [Row(keep, partner) for partner in partners]
+        found.append(Row(keep, recipe, partners[0]))
+    return found
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="JSON lines, appended.")] = Path("runs/quality.jsonl"),
+    model: Annotated[str | None, typer.Option(help="Name or folder.")] = None,
+    frames: Annotated[int, typer.Option()] = 64,
+    samples: Annotated[int, typer.Option()] = 500,
+    seed: Annotated[int, typer.Option()] = 1,
+    threads: Annotated[int, typer.Option(help="Processor threads; 0 for all.")] = 0,
+) -> None:
+    """Run the bench and print its table."""
+    if threads:
+        torch.set_num_threads(threads)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Few recipes at a time: a cut loses little, and inputs are made once for each handful.
+    for rows in (fixed_rows(), cache_rows()):
+        _run(rows, out, model, frames=frames, samples=samples, seed=seed)
+    done = _read(out, frames, samples, seed)
+    _run(cache_rows(done), out, model, frames=frames, samples=samples, seed=seed)
+    done = _read(out, frames, samples, seed)
+    rows = fixed_rows() + cache_rows(done)
+    typer.echo(table(rows, done))
+    check(rows, done)
+
+
+def _run(
+    rows: list[Row], out: Path, model: str | None, *, frames: int, samples: int, seed: int
+) -> None:
+    done = _read(out, frames, samples, seed)
+    missing = [row.recipe for row in rows if row.recipe not in done]
+    loaded = load_model(model) if missing else None
+    for start in range(0, len(missing), 7):
+        assert loaded is not None
+        texts = missing[start : start + 7]
+        found = evaluate_recipes(
+            loaded, list(map(Recipe.parse, texts)), frames=frames, samples=samples, seed=seed
+        )
+        with out.open("a") as lines:
+            for text, result in zip(texts, found, strict=True):
+                entry = {**result.as_dict(), "recipe": text, "frames": frames, "seed": seed}
+                entry["correct"] = [int(one) for one in result.correct]
+                lines.write(json.dumps(entry) + "\n")
+
+
+def _read(path: Path, frames: int, samples: int, seed: int) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    wanted = {"frames": frames, "samples": samples, "seed": seed}
+    return {
+        entry["recipe"]: entry
+        for entry in entries
+        if all(entry[name] == value for name, value in wanted.items())
+    }
+
+
+def table(rows: list[Row], done: dict[str, dict[str, Any]]) -> str:
+    """The results as Markdown: accuracy, then media entries of every layer's cache."""
+    lines = [
+        "| keep | recipe | accuracy | look-ups | order, counting | media entries a layer |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        entry = done[row.recipe]
+        kinds = entry["by_kind"]
+        hard = [share for kind, share in kinds.items() if kind in HARD]
+        easy = [share for kind, share in kinds.items() if kind not in HARD]
+        layers = " ".join(f"{n:g}" for n in entry["media_tokens"]["per_layer"])
+        lines.append(
+            f"| {row.keep:g} | `{row.recipe}` | {entry['accuracy']:.3f} | "
+            f"{_mean(easy):.3f} | {_mean(hard):.3f} | {layers} |"
+        )
+    return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / max(1, len(values))
+
+
+def check(rows: list[Row], done: dict[str, dict[str, Any]]) -> None:
+    """Hold every row to the size of its random partner.
+
+    Raises:
+        TokenPruneError: A row kept more.
+    """
+    for row in rows:
+        if row.partner is None:
+            continue
+        mine = done[row.recipe]["media_tokens"]["after"]
+        theirs = done[row.partner]["media_tokens"]["after"]
+        if mine > theirs * SLACK:
+            raise TokenPruneError(
+                f"{row.recipe} kept {mine:.2f} media entries a layer, its partner {row.partner} "
+                f"kept {theirs:.2f}: not a fair comparison"
+            )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,306 @@
+"""Speed and memory of pruning, as ratios against the unpruned model with SDPA in the same run.
+
+    python -m tokenprune.eval.bench.speed --pairs 11
+
+The model is a randomly initialised LLaVA-OneVision with a language model of the size of Qwen2-0.5B
+in bfloat16, and about 6,000 video tokens. Its vision tower is cut to a few layers, since only the
+share of reading its attention is measured; the video is encoded once where the tower plays no part.
+What is compared is run in turns, A B A B; the median of the ratios is given with the interval that
+holds the true median with 95 % confidence (from order statistics).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Annotated, Any
+
+import torch
+import typer
+from scipy.stats import binom
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+from tokenprune.engine import prune
+
+FRAMES = 31  # of 14 x 14 tokens, and a newline token: 6,077
+TEXT = 32
+DECODED = 16
+VIDEO_TOKEN = 151647
+
+Model = LlavaOnevisionForConditionalGeneration
+
+
+def build(vision_layers: int) -> Model:
+    """The model of the bench, with random weights."""
+    text = Qwen2Config(
+        vocab_size=152000,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=vision_layers,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+        vision_use_head=False,
+    )
+    # Weights are drawn by the model's own rule; how they are spread does not change the time.
+    config = LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=text,
+        video_token_index=VIDEO_TOKEN,
+        image_token_index=VIDEO_TOKEN - 1,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = LlavaOnevisionForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def inputs_of(model: Model, frames: int) -> dict[str, Tensor]:
+    """A prompt with one video of random pixels."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(5, 1000, (TEXT,), generator=generator)
+    video = torch.full((frames * 196 + 1,), VIDEO_TOKEN)
+    ids = torch.cat([text[:8], video, text[8:]])[None]
+    pixels = torch.rand(1, frames, 3, 384, 384, generator=generator) * 2 - 1
+    found = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values_videos": pixels.to(torch.bfloat16),
+    }
+    return {name: value.to(model.device) for name, value in found.items()}
+
+
+@contextmanager
+def encoded_once(model: Model, inputs: dict[str, Tensor]) -> Iterator[None]:
+    """Within, the video is not encoded again."""
+    with torch.inference_mode():
+        features = model.model.get_video_features(
+            inputs["pixel_values_videos"],
+            vision_feature_layer=model.config.vision_feature_layer,
+            vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+        )
+    encode = model.model.get_video_features
+
+    @functools.wraps(encode)
+    def known(*args: Any, **kwargs: Any) -> Any:
+        return features
+
+    model.model.get_video_features = known
+    try:
+        yield
+    finally:
+        del model.model.get_video_features
+
+
+class Stopwatch:
+    """A streamer that notes when tokens come; the first call brings the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        if value.is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def run(model: Model, inputs: dict[str, Tensor], recipe: str | None, tokens: int) -> dict[str, Any]:
+    """Seconds to the first token, and the median per further token; bytes of the cache."""
+    watch = Stopwatch()
+    patched = nullcontext() if recipe is None else prune(model, recipe)
+    with torch.inference_mode(), patched as report:
+        started = time.perf_counter()
+        model.generate(
+            **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=watch
+        )
+    steps = [b - a for a, b in zip(watch.times[1:], watch.times[2:], strict=False)]
+    return {
+        "first": watch.times[1] - started,
+        "token": statistics.median(steps) if steps else 0.0,
+        "report": report,
+    }
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Where the median lies with 95 % confidence, by order statistics."""
+    ordered = sorted(values)
+    below = int(binom.ppf(0.025, len(ordered), 0.5))
+    below = max(0, below - 1)
+    return ordered[below], ordered[-1 - below]
+
+
+def show(name: str, values: list[float]) -> None:
+    low, high = interval(values)
+    middle = statistics.median(values)
+    typer.echo(f"{name:<58} {middle:.3f}  [{low:.3f}, {high:.3f}]  of {len(values)} pairs")
+
+
+def in_turns(first: Callable[[], float], second: Callable[[], float], pairs: int) -> list[float]:
+    """Ratios second / first, run in turns after one warm-up of each."""
+    first(), second()
+    ratios = []
+    for number in tqdm(range(pairs), leave=False):
+        # Who goes first alternates, so that a drift of the machine cancels.
+        if number % 2:
+            b, a = second(), first()
+        else:
+            a, b = first(), second()
+        ratios.append(b / a)
+    return ratios
+
+
+def flops(model: Model, layers: list[int]) -> float:
+    """Floating point operations of a prefill with so many tokens in each layer.
+
+    Linear maps take two operations a weight and token; causal attention 4 * S^2 / 2 * width.
+    """
+    text = model.config.text_config
+    layer = model.get_decoder().layers[0]
+    weights = sum(p.numel() for p in layer.parameters() if p.ndim == 2)
+    head = text.vocab_size * text.hidden_size
+    return sum(2.0 * weights * s + 2.0 * s * s * text.hidden_size for s in layers) + 2.0 * head
+
+
+def predicted(model: Model, report: Any) -> float:
+    """The speed-up of prefill that the count of operations promises."""
+    call = report.last
+    text = call.length - len(call.layouts[0])
+    pruned = [text + int(n) for n in call.media_entries[0, :, 0]]
+    return flops(model, [call.length] * len(pruned)) / flops(model, pruned)
+
+
+def main(
+    pairs: Annotated[int, typer.Option(help="Pairs of keep-all; a third of it elsewhere.")] = 11,
+    frames: Annotated[int, typer.Option(help="Of 196 tokens each.")] = FRAMES,
+    vision_layers: Annotated[int, typer.Option(help="Of the vision tower.")] = 4,
+    threads: Annotated[int, typer.Option(help="Processor threads; 0 for all.")] = 0,
+    peak: Annotated[str, typer.Option(help="Only print the peak memory of this recipe.")] = "",
+) -> None:
+    """Run the bench."""
+    if threads:
+        torch.set_num_threads(threads)
+    model = build(vision_layers)
+    inputs = inputs_of(model, frames)
+    if peak:
+        typer.echo(json.dumps(peak_bytes(model, inputs, None if peak == "plain" else peak)))
+        return
+    few = max(3, pairs // 3)
+    typer.echo(f"{inputs['input_ids'].shape[1]} tokens, {model.device.type}, ratios to unpruned")
+    keep_all = "random(keep=1.0) + random(keep=1.0 at=8) + plphp(keep=1.0)"
+    with encoded_once(model, inputs):
+
+        def first(recipe: str | None) -> Callable[[], float]:
+            return lambda: float(run(model, inputs, recipe, 1)["first"])
+
+        show("keep-all: time to first token", in_turns(first(None), first(keep_all), pairs))
+        for recipe in ("random(keep=0.1)", "uniform(keep=0.1)"):
+            ratios = in_turns(first(None), first(recipe), few)
+            prefill_row(model, recipe, "time to first token", ratios, inputs)
+        decode_rows(model, inputs, few)
+    with_tower(model, inputs, few)
+    for recipe in ("plain", "random(keep=1.0)", "vflowopt(keep=0.1)", "plphp(keep=0.5)"):
+        size = json.loads(spawn(recipe, frames, vision_layers, threads))
+        typer.echo(f"peak memory beyond weights and inputs, {recipe:<22} {size / 2**20:8.0f} MiB")
+
+
+def prefill_row(
+    model: Model, recipe: str, what: str, ratios: list[float], inputs: dict[str, Tensor]
+) -> None:
+    """Ratios, and how much of the promised speed-up they are."""
+    promised = predicted(model, run(model, inputs, recipe, 1)["report"])
+    show(f"{recipe}: {what}", ratios)
+    got = 1 / statistics.median(ratios)
+    typer.echo(f"    speed-up {got:.2f}, operations promise {promised:.2f}: {got / promised:.0%}")
+
+
+def decode_rows(model: Model, inputs: dict[str, Tensor], pairs: int) -> None:
+    def token(recipe: str | None) -> Callable[[], float]:
+        return lambda: float(run(model, inputs, recipe, DECODED)["token"])
+
+    for recipe in ("plphp(keep=0.5)", "random(keep=0.5 at=cache)"):
+        show(f"{recipe}: time per token", in_turns(token(None), token(recipe), pairs))
+        sizes = run(model, inputs, recipe, 2)["report"].kv_bytes
+        typer.echo(
+            f"    KV cache {sizes['before'] / 2**20:.1f} -> {sizes['after'] / 2**20:.1f} MiB"
+        )
+
+
+def with_tower(model: Model, inputs: dict[str, Tensor], pairs: int) -> None:
+    """Rows in which the tower's attention is read."""
+    recipe = "vflowopt(keep=0.1)"
+
+    def phase(recipe: str, *names: str) -> Callable[[], float]:
+        def seconds() -> float:
+            found = run(model, inputs, recipe, 1)["report"].seconds
+            return float(sum(found[name] for name in names))
+
+        return seconds
+
+    ratios = in_turns(phase("none", "prefill"), phase(recipe, "prefill"), pairs)
+    prefill_row(model, recipe, "prefill", ratios, inputs)
+    whole = phase("none", "encode", "prefill")()
+    plain, scored = phase("none", "encode"), phase(recipe, "encode")
+    extra = [(scored() - plain()) / whole for _ in range(pairs)]
+    show(f"{recipe}: reading the tower, share of unpruned total", extra)
+
+
+def spawn(recipe: str, frames: int, vision_layers: int, threads: int) -> str:
+    """Run one recipe in a process of its own: peaks of a process only ever rise."""
+    command = [sys.executable, "-m", "tokenprune.eval.bench.speed", "--peak", recipe]
+    command += ["--frames", str(frames), "--vision-layers", str(vision_layers)]
+    command += ["--threads", str(threads)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def peak_bytes(model: Model, inputs: dict[str, Tensor], recipe: str | None) -> int:
+    """Peak memory of one answer beyond what was there before it."""
+    cuda = model.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = resident_peak()
+    run(model, inputs, recipe, 2)
+    return int((torch.cuda.max_memory_allocated() if cuda else resident_peak()) - before)
+
+
+def resident_peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    typer.run(main)
