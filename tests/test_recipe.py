@@ -127,7 +127,7 @@ def test_recipe_stages_fails() -> None:
         Recipe(Random(at=28)).stages(SHAPE)
     with pytest.raises(RecipeError, match="plphp acts at layer 30"):
         Recipe(PLPHP(layers=(2, 30))).stages(SHAPE)
-    with pytest.raises(RecipeError, match="makes the encoder map vflowoptmap twice"):
+    with pytest.raises(RecipeError, match="makes the encoder map vflowopt twice"):
         Recipe(VFlowOpt(keep=0.5), VFlowOpt(keep=0.1)).stages(SHAPE)
 
 

@@ -160,7 +160,9 @@ class Method(ABC):
 
     def __init_subclass__(cls, *, part: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.name = cls.__name__.lower()
+        # A part goes by the name of its method, if it gives one: users know no other.
+        if not part or "name" not in cls.__dict__:
+            cls.name = cls.__name__.lower()
         if not part:
             _METHODS[cls.name] = cls
 

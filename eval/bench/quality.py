@@ -26,6 +26,7 @@ from tokenprune.recipe import Recipe
 KEEPS = (0.5, 0.25, 0.1, 0.05)
 SEEDS = (0, 1, 2)
 HARD = ("after", "before", "count")
+PART = 9
 SLACK = 1.001  # how many more entries than its random partner a row may have
 
 
@@ -38,30 +39,30 @@ class Row:
     partner: str | None = None
 
 
-def fixed_rows() -> list[Row]:
-    """Recipes whose text is known beforehand."""
-    found = [Row(1.0, "none")]
-    for keep in KEEPS:
-        found += [Row(keep, f"random(keep={keep} seed={seed})") for seed in SEEDS]
-        partner = f"random(keep={keep} seed={SEEDS[0]})"
-        found.append(Row(keep, f"uniform(keep={keep})", partner))
-        found.append(Row(keep, f"vflowopt(keep={keep})", partner))
-    return found
+def methods() -> list[Row]:
+    """What is measured."""
+    shares = [Row(keep, f"vflowopt(keep={keep})") for keep in KEEPS]
+    return [Row(1.0, "none"), *shares, *(Row(keep, f"plphp(keep={keep})") for keep in KEEPS)]
 
 
-def cache_rows(done: dict[str, dict[str, Any]] | None = None) -> list[Row]:
-    """PLPHP chooses its size itself; random cache pruning then gets that size, rounded up."""
+def with_partners(done: dict[str, dict[str, Any]]) -> list[Row]:
+    """Every method after random and uniform selection of the size that it really kept.
+
+    Methods round several times, or choose their size themselves, so a partner takes the method's
+    mean media entries a layer, rounded up.
+    """
     found = []
-    for keep in KEEPS:
-        recipe = f"plphp(keep={keep})"
-        if done is None:
-            found.append(Row(keep, recipe))
-            continue
-        tokens = done[recipe]["media_tokens"]
-        share = math.ceil(tokens["after"] / tokens["before"] * 1e4) / 1e4
-        partners = [f"random(keep={share} at=cache seed={seed})" for seed in SEEDS]
-        found += [Row(keep, partner) for partner in partners]
-        found.append(Row(keep, recipe, partners[0]))
+    for row in methods():
+        size = math.ceil(done[row.recipe]["media_tokens"]["after"] - 1e-9)
+        partners = []
+        if row.recipe.startswith("vflowopt"):
+            partners = [f"random(keep={size} seed={seed})" for seed in SEEDS]
+            partners.append(f"uniform(keep={size})")
+        elif row.recipe.startswith("plphp"):
+            partners = [f"random(keep={size} at=cache seed={seed})" for seed in SEEDS]
+            partners.append(f"uniform(keep={size} at=cache)")
+        found += [Row(row.keep, partner) for partner in partners]
+        found.append(Row(row.keep, row.recipe, partners[0] if partners else None))
     return found
 
 
@@ -77,13 +78,10 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Few recipes at a time: a cut loses little, and inputs are made once for each handful.
-    for rows in (fixed_rows(), cache_rows()):
-        _run(rows, out, model, frames=frames, samples=samples, seed=seed)
+    _run(methods(), out, model, frames=frames, samples=samples, seed=seed)
+    rows = with_partners(_read(out, frames, samples, seed))
+    _run(rows, out, model, frames=frames, samples=samples, seed=seed)
     done = _read(out, frames, samples, seed)
-    _run(cache_rows(done), out, model, frames=frames, samples=samples, seed=seed)
-    done = _read(out, frames, samples, seed)
-    rows = fixed_rows() + cache_rows(done)
     typer.echo(table(rows, done))
     check(rows, done)
 
@@ -94,9 +92,10 @@ def _run(
     done = _read(out, frames, samples, seed)
     missing = [row.recipe for row in rows if row.recipe not in done]
     loaded = load_model(model) if missing else None
-    for start in range(0, len(missing), 7):
+    # Few recipes at a time: a cut loses little, and inputs are made once for each handful.
+    for start in range(0, len(missing), PART):
         assert loaded is not None
-        texts = missing[start : start + 7]
+        texts = missing[start : start + PART]
         found = evaluate_recipes(
             loaded, list(map(Recipe.parse, texts)), frames=frames, samples=samples, seed=seed
         )

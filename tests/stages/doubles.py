@@ -90,7 +90,7 @@ def input_context(
         "features": torch.arange(float(len(layout)))[:, None],
         "shape": SHAPE,
         "memory": {},
-        "encoder_map": lambda name: {"vflowoptmap": importance}[name],
+        "encoder_map": lambda name: {"vflowopt": importance}[name],
         **more,
     }
     return LayerContext(**common) if "layer" in more else Context(**common)

@@ -30,7 +30,7 @@ __all__ = ["Group", "VFlowOptInput", "VFlowOptLayer", "VFlowOptMap"]
 Group = Literal["item", "prompt"]
 
 _VISION: Final = frozenset[Modality]({"image", "video"})
-_MEMORY: Final = "vflowopt"
+_NAME: Final = "vflowopt"
 _ROWS_AT_A_TIME: Final = 64
 
 
@@ -48,6 +48,7 @@ class VFlowOptMap(EncoderStage, part=True):
     alpha: float = 0.0
     log_base: float = 2.0
 
+    name = _NAME
     modalities = _VISION
 
     def importance(self, view: EncoderView, grey: Callable[[], Tensor] | None) -> Tensor:
@@ -109,6 +110,7 @@ class VFlowOptInput(Stage, part=True):
     recycled: float = 0.25
     per: Group = "item"
 
+    name = _NAME
     modalities = _VISION
     needs = frozenset({"encoder_map"})
 
@@ -156,6 +158,7 @@ class VFlowOptLayer(Stage, part=True):
     keep: float
     per: Group = "item"
 
+    name = _NAME
     modalities = _VISION
     needs = frozenset({"encoder_map"})
 
@@ -175,9 +178,9 @@ class VFlowOptLayer(Stage, part=True):
 def _importance(context: Context) -> Tensor:
     """The map of the candidates, `[N]`: kept for the whole prefill, by position in the prompt."""
     positions = context.layout.position.contiguous()
-    if _MEMORY not in context.memory:
-        context.memory[_MEMORY] = positions, context.encoder_map(VFlowOptMap.name)
-    known, importance = context.memory[_MEMORY]
+    if _NAME not in context.memory:
+        context.memory[_NAME] = positions, context.encoder_map(VFlowOptMap.name)
+    known, importance = context.memory[_NAME]
     rows = torch.searchsorted(known, positions.to(known.device))
     found: Tensor = importance[rows.to(importance.device)]
     return found
