@@ -120,7 +120,7 @@ class FrameDecoder:
             begin = time.perf_counter()
             with self._change:
                 while self._left.get(number) != 0 and not self._is_over():
-                    self._change.wait()
+                    self._change.wait(1.0)  # a worker's last sign comes just before its end
                 if self._left.get(number) != 0:
                     self._fail()
                 frames = self._blocks.pop(number)
@@ -184,7 +184,8 @@ class FrameDecoder:
             if is_substitute:
                 self._substituted.add(row)
             self._left[row // self._group] -= 1
-            self._change.notify_all()
+            if self._left[row // self._group] == 0:
+                self._change.notify_all()
 
     def _await_room(self, row: int) -> None:
         """Wait until a row lies in the window; leave the worker when the decoder is closed."""

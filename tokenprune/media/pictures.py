@@ -37,7 +37,8 @@ class Resizer:
         )
         for plane, channel in zip(planar.planes, GBR, strict=True):
             rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-            out[channel] = np.rot90(rows[: self._height, : self._width], self._quarters)
+            upright = rows[: self._height, : self._width]
+            out[channel] = np.rot90(upright, self._quarters) if self._quarters else upright
 
 
 class PictureDecoder:
