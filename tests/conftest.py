@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy
 import pytest
@@ -24,3 +26,15 @@ def restore_random_state() -> Iterator[None]:
     random.setstate(states[0])
     numpy.random.set_state(states[1])
     torch.set_rng_state(states[2])
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give the folder of a family's tiny checkpoint; each is saved once. Do not write to it."""
+    from tests.checkpoints import save_checkpoint
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        return save_checkpoint(name, tmp_path_factory.mktemp("checkpoints") / name)
+
+    return folder

@@ -1,0 +1,178 @@
+"""Real processors in front of the tiny models: what they make of media, adapters understand.
+
+Pictures are slanted planes of grey. Grey levels of the tower's patches, sent through the model's
+packing, must again be that plane at the rows and columns of the layout.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+
+from tests.checkpoints import CHECKPOINTS
+from tests.test_adapters import layouts, watching
+from tests.tiny import SPECIAL, Tiny
+from tokenprune.adapter import adapter_for
+from tokenprune.layout import AUDIO, TokenLayout
+
+IMAGES = [name for name in CHECKPOINTS if name != "qwen2_audio"]
+VIDEOS = [name for name in IMAGES if name not in ("llava", "llava_next")]
+SOUNDS = ["qwen2_5_omni", "qwen2_audio"]
+
+DOWN, ACROSS, LATER, START = 120.0, 60.0, 4.0, 30.0
+"""Grey levels from top to bottom, from left to right, from frame to frame, and at the start."""
+
+Checkpoint = Callable[[str], Path]
+
+
+def plane(rows: int, columns: int, frame: float = 0.0) -> Tensor:
+    """Grey levels at the centres of a grid laid over the picture: `[rows, columns]`."""
+    down = (torch.arange(rows) + 0.5) / rows * DOWN
+    across = (torch.arange(columns) + 0.5) / columns * ACROSS
+    return down[:, None] + across + START + LATER * frame
+
+
+def picture(height: int, width: int, frame: int = 0) -> Tensor:
+    return plane(height, width, frame).round().to(torch.uint8).expand(3, -1, -1)
+
+
+@functools.cache
+def load(folder: Path) -> tuple[Tiny, Any]:
+    """The model and the processor of a checkpoint."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config = getattr(config, "thinker_config", config)
+    model, found = transformers.AutoModelForMultimodalLM.from_pretrained(
+        folder, config=config, output_loading_info=True
+    )
+    assert not any(found.values())
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    return Tiny(folder.name, model, SPECIAL, lambda *_: {}), processor
+
+
+def ask(processor: Any, kind: str, **media: Any) -> dict[str, Any]:
+    content = [{"type": kind}, {"type": "text", "text": "What is it?"}]
+    chat = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return dict(processor(text=[text], return_tensors="pt", **media))
+
+
+def look(tiny: Tiny, inputs: dict[str, Any]) -> tuple[TokenLayout, Tensor]:
+    """The layout of a prompt, and the grey level below each of its tokens."""
+    adapter = adapter_for(tiny.model)
+    with watching(tiny) as seen:
+        tiny.model(**inputs)
+    (layout,) = layouts(adapter, seen, inputs)
+    (call,) = seen.calls
+    grey = adapter.grey(call)
+    assert grey is not None
+    levels = adapter.align(call, [one.mean(dim=1) for one in grey])
+    return layout, torch.cat(levels)
+
+
+def check_plane(layout: TokenLayout, levels: Tensor, canvas: int, frame: float = 0.0) -> None:
+    held = layout.canvas == canvas
+    row, column = layout.row[held], layout.column[held]
+    rows, columns = int(row.max()) + 1, int(column.max()) + 1
+    assert len(row) == rows * columns
+    wanted = plane(rows, columns, frame)[row, column]
+    torch.testing.assert_close(levels[held], wanted, rtol=0, atol=3)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_s_layout_follows_the_picture(name: str, checkpoint: Checkpoint) -> None:
+    tiny, processor = load(checkpoint(name))
+    pixels = picture(112, 112).permute(1, 2, 0).numpy()
+    inputs = ask(processor, "image", images=[Image.fromarray(pixels)])
+    layout, levels = look(tiny, inputs)
+    canvases = layout.canvas.unique().tolist()
+    # Where the tiles of InternVL lie is not known; its last canvas is the whole picture.
+    for canvas in canvases[-1:] if name == "internvl" else canvases:
+        check_plane(layout, levels, canvas)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_next_video", "llava_onevision"])
+@pytest.mark.parametrize("size", [(80, 112), (112, 70), (50, 112), (112, 40)])
+def test_padding_of_tiles_is_no_part_of_the_layout(
+    name: str, size: tuple[int, int], checkpoint: Checkpoint
+) -> None:
+    tiny, processor = load(checkpoint(name))
+    pixels = picture(*size).permute(1, 2, 0).numpy()
+    layout, levels = look(tiny, ask(processor, "image", images=[Image.fromarray(pixels)]))
+    held = layout.canvas == 1
+    rows, columns = int(layout.row[held].max()) + 1, int(layout.column[held].max()) + 1
+    assert (rows > columns) == (size[0] > size[1])
+    # The outermost patches are partly padding.
+    inner = held & (layout.row > 0) & (layout.row < rows - 1)
+    inner &= (layout.column > 0) & (layout.column < columns - 1)
+    wanted = plane(rows, columns)[layout.row[inner], layout.column[inner]]
+    torch.testing.assert_close(levels[inner], wanted, rtol=0, atol=12)
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_a_video_s_layout_follows_its_frames(name: str, checkpoint: Checkpoint) -> None:
+    tiny, processor = load(checkpoint(name))
+    frames = torch.stack([picture(112, 112, frame) for frame in range(8)])
+    metadata = transformers.video_utils.VideoMetadata(
+        total_num_frames=80, fps=40.0, frames_indices=list(range(0, 80, 10))
+    )
+    inputs = ask(
+        processor, "video", videos=[frames], video_metadata=[metadata], do_sample_frames=False
+    )
+    layout, levels = look(tiny, inputs)
+    merged = name.startswith("qwen")  # two frames are one
+    assert len(layout.canvas.unique()) == (4 if merged else 8)
+    for canvas in layout.canvas.unique().tolist():
+        check_plane(layout, levels, canvas, 2 * canvas + 0.5 if merged else canvas)
+    if name != "internvl":
+        assert torch.equal(layout.frame, layout.canvas)
+    told = inputs.get("second_per_grid_ts", inputs.get("video_second_per_grid"))
+    if told is None:
+        assert layout.seconds.isnan().all()
+    else:
+        torch.testing.assert_close(layout.seconds, layout.frame.double() * float(told[0]))
+
+
+@pytest.mark.parametrize("name", SOUNDS)
+def test_a_sound_s_layout_follows_its_length(name: str, checkpoint: Checkpoint) -> None:
+    tiny, processor = load(checkpoint(name))
+    sound = numpy.sin(numpy.arange(12_000) / 20).astype(numpy.float32)
+    inputs = ask(processor, "audio", audio=[sound], sampling_rate=16_000)
+    with watching(tiny) as seen:
+        tiny.model(**inputs)
+    (layout,) = layouts(adapter_for(tiny.model), seen, inputs)
+    assert layout.modality.unique().tolist() == [AUDIO]
+    assert abs(len(layout) - 0.75 * 25) <= 1
+    assert layout.seconds[-1] < 0.75
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_chat_template_takes_media(name: str, checkpoint: Checkpoint) -> None:
+    tiny, processor = load(checkpoint(name))
+    if name == "qwen2_audio":
+        part = {"type": "audio", "audio": numpy.zeros(8_000, dtype=numpy.float32)}
+    else:
+        part = {"type": "image", "image": Image.new("RGB", (90, 60))}
+    chat = [{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}]
+    inputs = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = tiny.model.generate(**inputs, max_new_tokens=5)
+    new = output[:, inputs["input_ids"].shape[1] :]
+    assert new.shape == (1, 5)
+    assert processor.batch_decode(new, skip_special_tokens=True)[0].strip()
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_tokenizer_gives_text_back(name: str, checkpoint: Checkpoint) -> None:
+    tokenizer = transformers.AutoProcessor.from_pretrained(checkpoint(name)).tokenizer
+    text = "What is it?\nA red (big) circle, 2 seconds."
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
