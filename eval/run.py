@@ -17,7 +17,7 @@ from tokenprune.errors import RecipeError
 from tokenprune.loading import LoadedModel
 from tokenprune.recipe import Recipe
 
-__all__ = ["Result", "evaluate_recipes", "find_task"]
+__all__ = ["Result", "check_run", "evaluate_recipes", "find_task"]
 
 
 class Task(Protocol):
@@ -108,6 +108,18 @@ def find_task(name: str) -> Task:
     return module  # type: ignore[no-any-return]
 
 
+def check_run(task: str, *, frames: int, samples: int, seed: int) -> None:
+    """Check what `evaluate_recipes` is asked for.
+
+    Raises:
+        RecipeError: There is no such task, or a number is too small.
+    """
+    find_task(task)
+    for name, value, least in (("frames", frames, 1), ("samples", samples, 1), ("seed", seed, 0)):
+        if value < least:
+            raise RecipeError(f"{name} must be at least {least}, got {value}")
+
+
 def evaluate_recipes(
     loaded: LoadedModel,
     recipes: Sequence[Recipe],
@@ -129,8 +141,7 @@ def evaluate_recipes(
         seed: Which questions.
         max_new_tokens: Longest answer.
     """
-    if samples < 1 or frames < 1:
-        raise RecipeError(f"samples and frames must be at least 1, got {samples} and {frames}")
+    check_run(task, frames=frames, samples=samples, seed=seed)
     module = find_task(task)
     results = [Result(str(recipe)) for recipe in recipes]
     for sample in tqdm(module.samples(samples, frames=frames, seed=seed), desc=task, unit="q"):

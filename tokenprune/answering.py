@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.engine import prune
-from tokenprune.loading import LoadedModel, Media, read_media
+from tokenprune.errors import TokenPruneError, UnsupportedModelError
+from tokenprune.loading import LoadedModel, Media, check_question, read_media
 from tokenprune.recipe import Recipe
 from tokenprune.report import KVBytes, MediaTokens, Report
 
@@ -50,10 +51,16 @@ class Answer:
         return {name: getattr(self, name) for name in names}
 
 
-def default_recipe(loaded: LoadedModel) -> Recipe:
-    """A quarter of the tokens by VFlowOpt; for models that only hear, half the cache by PLPHP."""
+def default_recipe(loaded: LoadedModel, media: Media | None = None) -> Recipe:
+    """A quarter of the tokens by VFlowOpt; for what is only heard, half the cache by PLPHP.
+
+    Args:
+        loaded: The model.
+        media: What is asked about; None before it is known.
+    """
     sees = set(loaded.adapter.modalities) - {"audio"}
-    return Recipe("vflowopt(keep=0.25)" if sees else "plphp(keep=0.5)")
+    heard = media is not None and media.audio is not None
+    return Recipe("vflowopt(keep=0.25)" if sees and not heard else "plphp(keep=0.5)")
 
 
 def ask(
@@ -82,8 +89,10 @@ def ask(
     Raises:
         TokenPruneError: Something about the file, the question, the recipe or the model.
     """
-    chosen = default_recipe(loaded) if recipe is None else Recipe(recipe)
+    check_question(question)
+    chosen = None if recipe is None else Recipe(recipe)
     media = read_media(path, loaded, frames=frames, fps=fps)
+    chosen = default_recipe(loaded, media) if chosen is None else chosen
     return answer(loaded, media, question, chosen, max_new_tokens, streamer)
 
 
@@ -95,12 +104,23 @@ def answer(
     max_new_tokens: int = 64,
     streamer: Any = None,
 ) -> Answer:
-    """Answer a question about media that were read before."""
+    """Answer a question about media that were read before.
+
+    Raises:
+        TokenPruneError: Something about the question, the recipe or the model.
+    """
+    if max_new_tokens < 1:
+        raise TokenPruneError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     inputs = loaded.encode(media, question)
     length = inputs["input_ids"].shape[1]
     with torch.inference_mode(), prune(loaded.model, recipe) as report:
         output = loaded.model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
+        )
+    if not report.calls:
+        raise UnsupportedModelError(
+            f"the chat template of {loaded.name} wrote a prompt without a place for the file; "
+            "use a checkpoint whose template knows such files"
         )
     words = loaded.processor.batch_decode(output[:, length:], skip_special_tokens=True)[0]
     timings = media.video.timings if media.video is not None else None

@@ -57,26 +57,37 @@ def ask(
 ) -> None:
     """Answer a question about a file, with pruned tokens, and say what that saved."""
     from tokenprune.answering import answer, default_recipe
-    from tokenprune.loading import load_model, read_media
+    from tokenprune.loading import check_question, load_model, read_media
+    from tokenprune.media.files import check_file
+    from tokenprune.media.sample import check_amount
     from tokenprune.recipe import Recipe
+    from tokenprune.viz import check_picture, save_picture
 
+    # A large model takes minutes to load: what can be known before is said before.
+    check_file(file)
+    check_question(question)
     if frames is not None and fps is not None:
         raise MediaError(f"give --frames or --fps, got both ({frames} and {fps})")
+    check_amount(frames, fps)
+    if max_new_tokens < 1:
+        raise TokenPruneError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
+    if overlay is not None:
+        check_picture(overlay)
     chosen = None if recipe is None else Recipe.parse(recipe)
     with tqdm(total=3, bar_format="{desc}", leave=False, disable=as_json) as progress:
         progress.set_description("loading the model")
         loaded = load_model(model)
-        chosen = default_recipe(loaded) if chosen is None else chosen
         progress.set_description("reading the file")
         media = read_media(file, loaded, frames=frames, fps=fps)
+        chosen = default_recipe(loaded, media) if chosen is None else chosen
+        if overlay is not None and not len(media.frames):
+            raise MediaError(f"an overlay needs frames, but {str(file)!r} was only heard")
         progress.set_description("answering")
         found = [answer(loaded, media, question, chosen, max_new_tokens)]
         if compare:
             found.append(answer(loaded, media, question, Recipe(), max_new_tokens))
     if overlay is not None:
-        if not len(media.frames):
-            raise MediaError("an overlay needs frames, and this file holds sound only")
-        found[0].report.overlay(media.frames).save(overlay)
+        save_picture(found[0].report.overlay(media.frames), overlay)
     if as_json:
         output = found[0].as_dict()
         if compare:
@@ -97,7 +108,10 @@ def sample(
     """Write a video of the generated world, with questions and true answers."""
     from tokenprune.eval.mini.sample import write_sample
 
-    questions = write_sample(out, seconds=seconds, seed=seed)
+    try:
+        questions = write_sample(out, seconds=seconds, seed=seed)
+    except (ValueError, OSError) as error:
+        raise MediaError(f"cannot write a sample to {str(out)!r}: {error}") from error
     typer.echo(
         f"{out}: {seconds:g} seconds, {len(questions)} questions in {out.with_suffix('.json')}"
     )
@@ -114,11 +128,12 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure the accuracy of a model under recipes, on held-out questions."""
-    from tokenprune.eval.run import evaluate_recipes
+    from tokenprune.eval.run import check_run, evaluate_recipes
     from tokenprune.loading import load_model
     from tokenprune.recipe import Recipe
 
     recipes = [Recipe.parse(text) for text in recipe or ["none"]]
+    check_run(task, frames=frames, samples=samples, seed=seed)
     loaded = load_model(model)
     for result in evaluate_recipes(
         loaded, recipes, task=task, frames=frames, samples=samples, seed=seed

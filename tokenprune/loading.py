@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.video_utils import VideoMetadata
 
 from tokenprune.adapter import Adapter, adapter_for, list_models
-from tokenprune.errors import MediaError, NoVideoStreamError, TokenPruneError, UnsupportedModelError
+from tokenprune.errors import (
+    DecodeError,
+    MediaError,
+    NoVideoStreamError,
+    TokenPruneError,
+    UnsupportedModelError,
+)
 from tokenprune.media import SizeRule, Video, read_audio, read_video
+from tokenprune.media.files import check_file
 from tokenprune.models import built_in_models
 
-__all__ = ["LoadedModel", "Media", "frame_size", "load_model", "read_media"]
+__all__ = ["LoadedModel", "Media", "check_question", "frame_size", "load_model", "read_media"]
 
 DEFAULT_MODEL = "mini-video"
 SAMPLING_RATE = 16000
+SHORTEST_SOUND = SAMPLING_RATE // 10
 
 
 @dataclass(frozen=True)
@@ -32,11 +40,13 @@ class Media:
         frames: `[F, 3, H, W]` uint8; one frame for an image, none for a sound.
         video: The decoded video, if it is one.
         audio: `[T]` float32 mono at 16 kHz, if it is a sound.
+        sized: Whether the frames have the size to which the processor would bring them.
     """
 
     frames: Tensor
     video: Video | None = None
     audio: Tensor | None = None
+    sized: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,8 +70,7 @@ class LoadedModel:
         Raises:
             TokenPruneError: The question is empty, or the processor has no chat template.
         """
-        if not question.strip():
-            raise TokenPruneError("the question is empty; ask something, such as 'what happens ?'")
+        check_question(question)
         arguments, parts = self._media_arguments(media)
         content = [*parts, {"type": "text", "text": question}]
         if not getattr(self.processor, "chat_template", None):
@@ -72,7 +81,7 @@ class LoadedModel:
         text = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-        inputs = self.processor(text=[text], return_tensors="pt", **arguments)
+        inputs = _process(self.processor, text=[text], **arguments)
         return {
             name: value.to(self.model.device, self.model.dtype)
             if isinstance(value, Tensor) and value.is_floating_point()
@@ -86,17 +95,32 @@ class LoadedModel:
         """What the processor is called with, and the chat's parts."""
         if media.audio is not None:
             self._demand("audio")
-            arguments = {"audio": [media.audio.numpy()], "sampling_rate": SAMPLING_RATE}
-            return arguments, [{"type": "audio"}]
+            sounds = [one.numpy() for one in self._sounds(media.audio)]
+            arguments = {"audio": sounds, "sampling_rate": SAMPLING_RATE}
+            return arguments, [{"type": "audio"}] * len(sounds)
         if media.video is not None and getattr(self.processor, "video_processor", None) is not None:
-            return {
-                "videos": [media.frames],
-                "video_metadata": [media.video.hf_metadata()],
+            metadata = media.video.hf_metadata()
+            arguments = {
+                "videos": [_whole_patches(self.processor, media.frames)],
+                "video_metadata": [metadata],
                 "do_sample_frames": False,
-            }, [{"type": "video"}]
+                "fps": metadata.sampled_fps,  # Qwen-Omni looks only here for the time of a frame
+            }
+            # Its rule, applied again, would not always give the same size.
+            return arguments | ({"do_resize": False} if media.sized else {}), [{"type": "video"}]
         self._demand("image")
         pictures = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in media.frames]
         return {"images": pictures}, [{"type": "image"}] * len(pictures)
+
+    def _sounds(self, audio: Tensor) -> list[Tensor]:
+        """A sound in pieces that the processor takes whole: it would cut off what is beyond."""
+        longest = getattr(self.processor.feature_extractor, "n_samples", None) or len(audio)
+        pieces = list(torch.split(audio, longest))
+        # A few samples make no token.
+        missing = SHORTEST_SOUND - len(pieces[-1])
+        if missing > 0:
+            pieces[-1] = torch.nn.functional.pad(pieces[-1], (0, missing))
+        return pieces
 
     def _demand(self, modality: str) -> None:
         has = self.adapter.modalities
@@ -105,6 +129,18 @@ class LoadedModel:
                 f"{self.name} understands {' and '.join(has)}, but the file holds {modality}; "
                 "choose another file or --model"
             )
+
+
+def check_question(question: str) -> None:
+    """Check that something is asked.
+
+    Raises:
+        TokenPruneError: The question is empty.
+    """
+    if not question.strip():
+        raise TokenPruneError(
+            f"a question must have words, got {question!r}; ask something, such as 'what happens?'"
+        )
 
 
 def load_model(
@@ -127,31 +163,59 @@ def load_model(
         TokenPruneError: It cannot be found or read.
     """
     name = name or DEFAULT_MODEL
-    path = str(built_in_models().get(name, name))
+    path = _find(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
-        known = list_models()
-        if config.model_type not in known:
-            raise UnsupportedModelError(
-                f"no adapter for model_type {config.model_type!r} of {name}; "
-                f"known: {', '.join(known)}"
-            )
+        config = _served_config(transformers.AutoConfig.from_pretrained(path), name)
         processor = transformers.AutoProcessor.from_pretrained(path)
-        model = transformers.AutoModelForMultimodalLM.from_pretrained(
-            path, dtype=dtype or "auto", attn_implementation=attention
+        model, found = transformers.AutoModelForMultimodalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype or "auto",
+            attn_implementation=attention,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        if isinstance(error, TokenPruneError):
-            raise
-        built_in = ", ".join(built_in_models()) or "none"
-        raise TokenPruneError(
-            f"cannot load model {name!r}: {str(error).splitlines()[0]}; give a hub name, a folder "
-            f"with config.json and weights, or a built-in model ({built_in})"
-        ) from error
+    except TokenPruneError:
+        raise
+    except Exception as error:  # broken files raise whatever their readers raise
+        raise _cannot_load(name, _first_line(error)) from error
+    if missing := sorted(found["missing_keys"]):
+        # transformers would go on with random numbers in their place.
+        raise _cannot_load(name, f"its weights lack {len(missing)} tensors, such as {missing[0]}")
     if dtype is None and device == "cpu" and model.dtype == torch.float16:
         model = model.float()
     return LoadedModel(model.to(device).eval(), processor, name)
+
+
+def _find(name: str) -> str:
+    """The folder of a model, or its hub name; only names of the form owner/name go to the hub."""
+    path = str(built_in_models().get(name, name))
+    if Path(path).is_dir() or (name.count("/") == 1 and name[0].isalnum()):
+        return path
+    raise _cannot_load(name, "there is no such folder")
+
+
+def _served_config(config: Any, name: str) -> Any:
+    """The config that an adapter serves: the checkpoint's, or that of a part which is a model.
+
+    Qwen-Omni checkpoints hold a model that understands, the thinker, and one that speaks.
+    """
+    known = list_models()
+    parts = [getattr(config, part, None) for part in getattr(config, "sub_configs", ())]
+    for one in (config, *parts):
+        if getattr(one, "model_type", None) in known:
+            return one
+    raise UnsupportedModelError(
+        f"no adapter for model_type {config.model_type!r} of {name}; known: {', '.join(known)}"
+    )
+
+
+def _cannot_load(name: str, why: str) -> TokenPruneError:
+    built_in = ", ".join(built_in_models()) or "none"
+    return TokenPruneError(
+        f"cannot load model {name!r}: {why}; give a hub name (owner/name), a folder with "
+        f"config.json and weights, or a built-in model ({built_in})"
+    )
 
 
 def read_media(
@@ -172,6 +236,7 @@ def read_media(
     Raises:
         MediaError: The file cannot be read, or holds nothing the model understands.
     """
+    check_file(path)
     picture = _image(Path(path))
     if picture is not None:
         return Media(picture[None])
@@ -179,13 +244,14 @@ def read_media(
     sees = set(loaded.adapter.modalities) - {"audio"}
     if not sees:
         return Media(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), audio=_sound(path))
+    size = frame_size(loaded.processor)
     try:
-        video = read_video(path, frames=frames, fps=fps, size=frame_size(loaded.processor))
+        video = read_video(path, frames=frames, fps=fps, size=size)
     except NoVideoStreamError:
         if not hears:
             raise
         return Media(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), audio=_sound(path))
-    return Media(video.frames, video=video)
+    return Media(video.frames, video=video, sized=size is not None)
 
 
 def _sound(path: str | Path) -> Tensor:
@@ -195,12 +261,19 @@ def _sound(path: str | Path) -> Tensor:
 def _image(path: Path) -> Tensor | None:
     """The picture in a file, `[3, H, W]` uint8; None if it is no image file."""
     try:
-        with Image.open(path) as picture:
-            if getattr(picture, "n_frames", 1) > 1:
-                return None
-            rgb = picture.convert("RGB")
+        picture = Image.open(path)
     except (UnidentifiedImageError, OSError):
         return None  # the media reader says what is wrong with the file
+    with picture:
+        if getattr(picture, "n_frames", 1) > 1 or picture.format == "MPEG":
+            return None
+        try:
+            rgb = ImageOps.exif_transpose(picture).convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DecodeError(
+                f"cannot read {str(path)!r} as an image: {_first_line(error)}; give an image that "
+                "other programs open"
+            ) from error
     flat = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
     return flat.view(rgb.height, rgb.width, 3).permute(2, 0, 1).contiguous()
 
@@ -208,42 +281,68 @@ def _image(path: Path) -> Tensor | None:
 def frame_size(processor: Any) -> SizeRule | None:
     """The size to which a processor would bring frames, so that the decoder does it at once.
 
+    The processor itself is asked, with frames that have a shape but no data: the rules differ
+    between families, and between versions of transformers.
+
     Returns:
-        A rule from source height and width to the decoder's; None to decode at full size, if the
-        processor takes images only or has a rule of its own.
+        A rule for `read_video`; None to decode at full size, if the processor takes images only.
     """
-    processor = getattr(processor, "video_processor", None)
-    size = dict(getattr(processor, "size", None) or {})
-    size = {side: pixels for side, pixels in size.items() if pixels}
-    if size.keys() == {"height", "width"}:
-        exact = size["height"], size["width"]
-        return lambda height, width: exact
-    patch, merge = getattr(processor, "patch_size", None), getattr(processor, "merge_size", None)
-    if size.keys() == {"shortest_edge", "longest_edge"} and patch and merge:
-        least, most = size["shortest_edge"], size["longest_edge"]
-        return lambda height, width: _fit(height, width, patch * merge, least, most)
-    if size.keys() == {"shortest_edge"}:
-        return lambda height, width: _shortest(height, width, size["shortest_edge"])
-    return None
+    pictures = getattr(processor, "video_processor", None)
+    if pictures is None:
+        return None
+
+    def rule(height: int, width: int, frames: int) -> tuple[int, int]:
+        shape = torch.empty(frames, 3, height, width, dtype=torch.uint8, device="meta")
+        made = _process_shape(processor, _whole_patches(processor, shape))
+        if "video_grid_thw" in made:
+            _, rows, columns = made["video_grid_thw"][0].tolist()
+            return rows * pictures.patch_size, columns * pictures.patch_size
+        pixels = made["pixel_values_videos" if "pixel_values_videos" in made else "pixel_values"]
+        return int(pixels.shape[-2]), int(pixels.shape[-1])
+
+    return rule
 
 
-def _fit(height: int, width: int, multiple: int, least: int, most: int) -> tuple[int, int]:
-    """The nearest size of sides that are multiples, with an area in pixels within bounds."""
-
-    def sides(scale: float, rounded: Any) -> tuple[int, int]:
-        return (
-            max(multiple, rounded(height * scale / multiple) * multiple),
-            max(multiple, rounded(width * scale / multiple) * multiple),
-        )
-
-    near = sides(1.0, round)
-    if near[0] * near[1] > most:
-        return sides(math.sqrt(most / (height * width)), math.floor)
-    if near[0] * near[1] < least:
-        return sides(math.sqrt(least / (height * width)), math.ceil)
-    return near
+def _process_shape(processor: Any, frames: Tensor) -> Any:
+    """What a processor makes of frames without data."""
+    metadata = VideoMetadata(
+        total_num_frames=len(frames), fps=1.0, frames_indices=list(range(len(frames)))
+    )
+    arguments = {"videos": [frames], "video_metadata": [metadata], "do_sample_frames": False}
+    if getattr(processor.video_processor, "do_center_crop", None):
+        # What is cropped away must be decoded, or the crop would find the picture too small.
+        arguments["do_center_crop"] = False
+    try:
+        return _process(processor, text=[processor.video_token], **arguments)
+    except NotImplementedError:  # some read pixels to count the placeholders
+        return _process(processor.video_processor, **arguments)
 
 
-def _shortest(height: int, width: int, edge: int) -> tuple[int, int]:
-    scale = edge / min(height, width)
-    return max(edge, int(height * scale)), max(edge, int(width * scale))
+def _whole_patches(processor: Any, frames: Tensor) -> Tensor:
+    """Frames that fill temporal patches: the last one is repeated, as processors do themselves.
+
+    Some do it only after they have computed a size from the number of frames, or refuse to
+    compute one for a single frame.
+    """
+    missing = -len(frames) % (getattr(processor.video_processor, "temporal_patch_size", None) or 1)
+    return torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)]) if missing else frames
+
+
+def _process(processor: Any, **inputs: Any) -> Any:
+    """Call a processor.
+
+    Raises:
+        MediaError: It refuses the media.
+    """
+    try:
+        return processor(**inputs, return_tensors="pt")
+    except ValueError as error:
+        raise MediaError(
+            f"the model's processor refuses the file: {_first_line(error)}; give another file, or "
+            "choose another --model"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".;") if lines else type(error).__name__

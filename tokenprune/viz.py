@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor
 from tokenprune.errors import MediaError
 from tokenprune.layout import AUDIO, TokenLayout
 
-__all__ = ["overlay"]
+__all__ = ["check_picture", "overlay", "save_picture"]
 
 _GAP = 4
 _LARGEST = 1600  # pixels that a side of the whole picture may have
@@ -53,6 +55,39 @@ def overlay(
         rows = canvases[number * len(canvases) // len(pictures)]
         drawn.append(_shade(pictures[number], layout, presence, rows))
     return _tile(drawn, columns)
+
+
+def check_picture(path: str | Path) -> None:
+    """Check that a picture can be written to a path.
+
+    Raises:
+        MediaError: The suffix names no format, or the folder is missing or not writable.
+    """
+    path = Path(path)
+    known = Image.registered_extensions()
+    if known.get(path.suffix.lower()) not in Image.SAVE:
+        raise MediaError(
+            f"cannot write a picture to {str(path)!r}: the suffix must name a format; "
+            "use .png, .jpg or .webp"
+        )
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise MediaError(
+            f"cannot write a picture to {str(path)!r}: give a file in a folder that exists and "
+            "may be written to"
+        )
+
+
+def save_picture(picture: Image.Image, path: str | Path) -> None:
+    """Write a picture.
+
+    Raises:
+        MediaError: As `check_picture`.
+    """
+    check_picture(path)
+    try:
+        picture.save(path)
+    except OSError as error:
+        raise MediaError(f"cannot write a picture to {str(path)!r}: {error}") from error
 
 
 def _pictures(frames: Any) -> list[Image.Image]:
