@@ -115,7 +115,7 @@ class Call:
                 if decision.kept.ndim == 1
                 else decision.kept.cpu()
             )
-            rows = torch.searchsorted(layout.position, kept)
+            rows = torch.searchsorted(layout.position, kept.contiguous())
             mask = torch.zeros(heads, len(layout)).scatter_(1, rows, 1.0)
             at_cache = isinstance(decision.site, Cache)
             held[decision.layer : decision.layer + 1 if at_cache else None] *= mask
