@@ -96,7 +96,7 @@ def test_recipe_tells_a_count_from_a_share() -> None:
     [
         ("randm(keep=0.5)", "no method 'randm'; known: plphp, random, uniform, vflowopt"),
         ("random(share=0.5)", "random has no setting 'share'; known: keep, at, per, seed"),
-        ("random(keep=0.5, at=cache)", "keep must be a share .* got '0.5,'"),
+        ("random(keep=0.5, at=cache)", "cannot read 'keep=0.5, at=cache' .*separated by spaces"),
         ("random(0.5)", "cannot read '0.5' in recipe .*settings are written name=value"),
         ("random(keep=)", "cannot read 'keep='"),
         ("random + ", "cannot read '' in recipe"),

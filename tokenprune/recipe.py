@@ -17,7 +17,7 @@ Value = bool | int | float | str | None | tuple["Value", ...]
 
 _PLUS = re.compile(r"\+(?![^()]*\))")  # not the sign of an exponent, inside parentheses
 _STEP = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*")
-_SETTING = re.compile(r"([A-Za-z_]\w*)\s*=\s*([^\s=]+)(?:\s+|$)")
+_SETTING = re.compile(r"([A-Za-z_]\w*)\s*=\s*([^\s=,]+)(?:\s+|$)")
 
 
 @dataclass(frozen=True, init=False)
