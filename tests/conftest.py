@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import functools
+import logging
 import random
+import sys
+import wave
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from PIL import Image
 
 # Tiny tensors gain nothing from threads, and lose much where cores are shared.
 torch.set_num_threads(1)
@@ -28,13 +33,102 @@ def restore_random_state() -> Iterator[None]:
     torch.set_rng_state(states[2])
 
 
+@dataclass(frozen=True)
+class Files:
+    """Files to ask about.
+
+    Attributes:
+        folder: Where they are.
+        video: One second, 30 frames of 192x112, with a sound track.
+        silent: Seven frames of 192x112, without sound.
+        image: 160x90.
+        animation: A GIF of six frames of 64x48.
+        sound: One and a half seconds.
+    """
+
+    folder: Path
+    video: Path
+    silent: Path
+    image: Path
+    animation: Path
+    sound: Path
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """Files to ask about, written once."""
+    from tests.media.clips import encode, x264
+
+    folder = tmp_path_factory.mktemp("files")
+    picture = numpy.random.default_rng(0).integers(0, 255, (90, 160, 3), dtype=numpy.uint8)
+    Image.fromarray(picture).save(folder / "image.png")
+    frames = [Image.new("RGB", (64, 48), (40 * n, 0, 0)) for n in range(6)]
+    frames[0].save(folder / "animation.gif", save_all=True, append_images=frames[1:])
+    tone = 8000 * numpy.sin(numpy.arange(24000) / 6)
+    with wave.open(str(folder / "sound.wav"), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(16000)
+        sound.writeframes(tone.astype("<i2").tobytes())
+    options = x264("keyint=10:bframes=2")
+    return Files(
+        folder=folder,
+        video=encode(folder / "video.mp4", numbers=range(30), options=options, sound=True).path,
+        silent=encode(folder / "silent.mp4", numbers=range(7), options=options).path,
+        image=folder / "image.png",
+        animation=folder / "animation.gif",
+        sound=folder / "sound.wav",
+    )
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Give the folder of a family's tiny checkpoint; each is saved once. Do not write to it."""
+    """Gives the folder of a tiny random checkpoint of a family, with its processor."""
     from tests.checkpoints import save_checkpoint
 
-    @functools.cache
-    def folder(name: str) -> Path:
-        return save_checkpoint(name, tmp_path_factory.mktemp("checkpoints") / name)
+    @cache
+    def save(name: str) -> Path:
+        return save_checkpoint(name, tmp_path_factory.mktemp(name))
 
-    return folder
+    return save
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that says what is wrong; progress before it is left out."""
+        lines = [line.strip() for line in self.err.replace("\r", "\n").splitlines()]
+        errors = [line for line in lines if line.startswith("error:")]
+        assert "Traceback" not in self.err
+        assert len(errors) == 1 and lines[-1] == errors[0], self.err
+        return errors[0]
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Ran]]:
+    """Runs `tokenprune` with some arguments."""
+    from tokenprune.cli import main
+
+    logger = logging.getLogger("transformers")
+    level = logger.level
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["tokenprune", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return Ran(code, *capfd.readouterr())
+
+    yield run
+    logger.setLevel(level)
