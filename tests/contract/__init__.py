@@ -1,0 +1,1 @@
+"""The nine contracts of the engine, over every method and every family."""

@@ -1,0 +1,138 @@
+"""What the contracts are run over: recipes of each method, families, and what is refused.
+
+A new method needs a row in `CASES`; `test_every_method_has_cases` asks for it. A new family needs
+nothing but its tiny model.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from tests.tiny import FAMILIES, NAMES, family_of
+
+CASES: dict[str, list[str]] = {
+    "random": [
+        "random(keep=0.5)",
+        "random(keep=5 seed=3)",
+        "random(keep=0.3 at=2 per=frame)",
+        "random(keep=0.5 at=cache)",
+    ],
+    "uniform": [
+        "uniform(keep=0.25)",
+        "uniform(keep=0.4 at=0)",
+        "uniform(keep=0.6 at=3 per=item)",
+        "uniform(keep=7 at=cache)",
+        "uniform(keep=0.5 at=cache per=frame)",
+    ],
+    "vflowopt": [
+        "vflowopt(keep=0.25)",
+        "vflowopt(keep=0.5 alpha=0.5 recycled=0.5)",
+    ],
+    "plphp": [
+        "plphp(keep=0.5)",
+        "plphp(keep=0.3 layers=1/3)",
+    ],
+}
+
+ONE_PER_SITE = [
+    "random(keep=0.5)",
+    "vflowopt(keep=0.5)",
+    "uniform(keep=0.5 at=2)",
+    "random(keep=0.5 at=cache)",
+]
+"""What every family is run with in the short suite."""
+
+COMBINED = [
+    "uniform(keep=0.8) + random(keep=0.7 at=1) + random(keep=0.6 at=3) + random(keep=0.5 at=cache)",
+    "vflowopt(keep=0.4) + plphp(keep=0.5)",
+    "random(keep=0.7 at=cache) + uniform(keep=0.5 at=cache)",
+]
+"""Recipes in which one stage works on what others have left."""
+
+EVERYWHERE = COMBINED[0]
+"""One recipe that prunes at each site: for contracts on how a model is used."""
+
+THREE = ("llava_onevision", "qwen2_5_vl", "qwen2_audio")
+"""Families that run every case in the short suite."""
+
+MROPE = ("qwen2_5_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+"""Families with more than one position per token."""
+
+REFUSALS: dict[tuple[str, str], str] = {
+    # (method, family or variant): why. Such a combination must raise, and no other may.
+    ("vflowopt", "qwen2_audio"): "its map is read from a vision tower; there is only an audio one",
+    ("vflowopt", "llava_pixtral"): "a Pixtral tower packs its images into one sequence",
+}
+
+SEPARATORS: dict[str, int] = {
+    # Placeholders of the default prompt that stand for no patch.
+    "llava_next": 6,  # a newline after each row
+    "llava_next_video_image": 6,
+    "llava_onevision": 1,  # one newline after the clip
+    "llava_onevision_image": 4,
+    "llava_onevision_images": 3,  # one after each image
+}
+
+
+def methods_of(recipe: str) -> list[str]:
+    """The methods that a recipe text names."""
+    return [] if recipe == "none" else re.findall(r"(?:^|\+)\s*(\w+)", recipe)
+
+
+def refusal(recipe: str, name: str) -> str | None:
+    """Why a recipe is refused for a family; None if it is not."""
+    for method in methods_of(recipe):
+        reason = REFUSALS.get((method, name)) or REFUSALS.get((method, family_of(name)))
+        if reason is not None:
+            return f"{method}: {reason}"
+    return None
+
+
+def keep_all(recipe: str) -> str:
+    """The same recipe with nothing pruned."""
+    return re.sub(r"keep=[\d.]+", "keep=1.0", recipe)
+
+
+def _every_recipe() -> list[str]:
+    return [text for texts in CASES.values() for text in texts] + COMBINED
+
+
+def product(*, refused: bool | None = False) -> list[Any]:
+    """(family, recipe): the short suite, and the rest of the product marked `full`.
+
+    Args:
+        refused: Only those that are refused, or only those that are not; None for both.
+    """
+    short = [(name, text) for name in THREE for text in _every_recipe()]
+    short += [(name, text) for name in FAMILIES for text in ONE_PER_SITE]
+    rest = [(name, text) for name in NAMES for text in _every_recipe() + ONE_PER_SITE]
+    return _parameters(short, rest, refused)
+
+
+def uses(recipes: list[str] | None = None, names: tuple[str, ...] = THREE) -> list[Any]:
+    """(family, recipe) for contracts on how a model is used: few recipes, fewer families.
+
+    Args:
+        recipes: Of the short suite.
+        names: Families of the short suite.
+    """
+    recipes = [EVERYWHERE] if recipes is None else recipes
+    short = [(name, text) for name in names for text in recipes]
+    rest = [(name, text) for name in NAMES for text in [*recipes, *ONE_PER_SITE, *COMBINED]]
+    return _parameters(short, rest, False)
+
+
+def _parameters(
+    short: list[tuple[str, str]], rest: list[tuple[str, str]], refused: bool | None
+) -> list[Any]:
+    quick = set(short)
+    parameters = []
+    for name, text in dict.fromkeys(short + rest):
+        if refused is None or (refusal(text, name) is not None) == refused:
+            marks = () if (name, text) in quick else (pytest.mark.full,)
+            identity = f"{name}-{text.replace(' ', '')}"
+            parameters.append(pytest.param(name, text, id=identity, marks=marks))
+    return parameters

@@ -1,0 +1,158 @@
+"""Runs that several contracts look at: each is made once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests import tiny
+from tests.contract.oracle import (
+    Replay,
+    assert_close,
+    dense_logits,
+    positions_logged,
+    read_decisions,
+)
+from tokenprune import prune
+from tokenprune.adapter import adapter_for
+from tokenprune.layout import MODALITIES
+from tokenprune.recipe import Recipe
+
+NEW_TOKENS = 6
+
+
+def model_of(name: str, attention: str = "sdpa") -> tiny.Tiny:
+    """The tiny model of this name, shared by all tests."""
+    return _model_of(name, attention)
+
+
+@cache
+def _model_of(name: str, attention: str) -> tiny.Tiny:
+    return tiny.build(name, attention=attention)
+
+
+def prompt_of(one: tiny.Tiny, kind: str = "alone") -> dict[str, Any]:
+    """A prompt: "alone", "second" or the left-padded "batch" of the two."""
+    if kind == "batch":
+        return one.batch()
+    return one.inputs(1, 4, short=True) if kind == "second" else one.inputs(0, 7)
+
+
+@torch.no_grad()
+def generate(one: tiny.Tiny, inputs: Mapping[str, Any], **settings: Any) -> Any:
+    """Greedy decoding with the logits of each step."""
+    defaults = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    return one.model.generate(
+        **inputs,
+        suppress_tokens=one.suppress,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **{**defaults, **settings},
+    )
+
+
+def logits_of(output: Any) -> Tensor:
+    """`[B, T, V]` of a generation."""
+    return torch.stack(output.logits, dim=1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A generation, pruned or not."""
+
+    one: tiny.Tiny
+    recipe: str
+    inputs: dict[str, Any]
+    output: Any
+    calls: list[Any]
+    positions: Tensor | None
+
+    @property
+    def prompt_length(self) -> int:
+        return self.inputs["input_ids"].shape[1]
+
+    @property
+    def read(self) -> Tensor:
+        """`[B, S]`, the tokens that were fed to the model: all but the last one."""
+        return self.output.sequences[:, :-1]
+
+    @property
+    def replay(self) -> Replay:
+        return replay_of(self.one, self.recipe, self.calls, *self.read.shape)
+
+
+def unpruned(name: str, kind: str = "alone", attention: str = "sdpa") -> Run:
+    """The same prompt without tokenprune."""
+    return _unpruned(name, kind, attention)
+
+
+@cache
+def _unpruned(name: str, kind: str, attention: str) -> Run:
+    one = model_of(name, attention)
+    inputs = prompt_of(one, kind)
+    with positions_logged(one.model.get_decoder()) as log:
+        output = generate(one, inputs)
+    return Run(one, "none", inputs, output, [], log.whole())
+
+
+def pruned(name: str, recipe: str, kind: str = "alone", attention: str = "sdpa") -> Run:
+    """A prompt answered under a recipe."""
+    return _pruned(name, recipe, kind, attention)
+
+
+@cache
+def _pruned(name: str, recipe: str, kind: str, attention: str) -> Run:
+    before = unpruned(name, kind, attention)
+    one = before.one
+    with prune(one.model, recipe) as report:
+        output = generate(one, before.inputs)
+    return Run(one, recipe, before.inputs, output, report.calls, before.positions)
+
+
+def forget_pruned_runs() -> None:
+    """Run anew what is asked for next: the engine has changed."""
+    _pruned.cache_clear()
+
+
+def codes_of(one: tiny.Tiny, recipe: str) -> dict[str, frozenset[int]]:
+    """Codes of the modalities that each stage of a recipe looks at."""
+    stages = Recipe.parse(recipe).stages(adapter_for(one.model).shape)
+    return {
+        stage.name: frozenset(MODALITIES[name] for name in stage.modalities) for stage in stages
+    }
+
+
+def replay_of(
+    one: tiny.Tiny, recipe: str, calls: Iterable[Any], samples: int, length: int
+) -> Replay:
+    """Recorded decisions as masks."""
+    kv_heads = one.model.get_decoder().config.num_key_value_heads
+    return read_decisions(calls, samples, length, kv_heads, codes_of(one, recipe))
+
+
+def sample_of(calls: Iterable[Any], row: int) -> list[Any]:
+    """Calls with one row of the batch only, as row 0."""
+    return [
+        SimpleNamespace(
+            layouts=[call.layouts[row]],
+            length=call.length,
+            decisions=[
+                SimpleNamespace(**{**vars(decision), "sample": 0})
+                for decision in call.decisions
+                if decision.sample == row
+            ],
+        )
+        for call in calls
+    ]
+
+
+def assert_matches_oracle(run: Run) -> None:
+    """Prefill and decoding logits are those of the dense model with the same tokens masked."""
+    expected = dense_logits(run.one.model, run.inputs, run.read, run.replay, run.positions)
+    assert_close(logits_of(run.output), expected[:, run.prompt_length - 1 :])

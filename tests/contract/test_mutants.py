@@ -1,0 +1,486 @@
+"""The contract suite can fail: each of these faults in the engine is seen by a contract.
+
+A mutant replaces one function of the package by a faulty one. The contract that is named for it
+passes without the mutant and must fail with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from tests import test_adapters
+from tests.contract import test_context as context
+from tests.contract import test_contracts as contracts
+from tests.contract.cases import EVERYWHERE
+from tests.contract.harness import forget_pruned_runs
+from tokenprune import engine, prefill
+from tokenprune.adapter import Item
+from tokenprune.adapters.llava_next import LlavaNext
+from tokenprune.adapters.qwen2_5_vl import Qwen2_5VL
+from tokenprune.attention import LazyMask
+from tokenprune.cache import PrunedLayer
+from tokenprune.encoder import StreamedView
+from tokenprune.engine import Patch
+from tokenprune.prefill import Flight, Prefill
+from tokenprune.stages import baselines, selectors
+
+Check = Callable[[], None]
+Fault = Callable[[pytest.MonkeyPatch], Callable[[], None] | None]
+"""Puts the fault in place; returns what cleans up after it, if undoing the patch is not enough."""
+
+INPUT, LAYERS, CACHE = "random(keep=0.5)", "random(keep=0.6 at=1)", "random(keep=0.5 at=cache)"
+MUTANTS: dict[str, tuple[Fault, Check]] = {}
+
+
+def caught_by(contract: Callable[..., None], *args: Any) -> Callable[[Fault], Fault]:
+    """Register a fault with the contract that must see it."""
+
+    def register(fault: Fault) -> Fault:
+        MUTANTS[fault.__name__] = (fault, partial(contract, *args))
+        return fault
+
+    return register
+
+
+oracle = contracts.test_prefill_and_decoding_match_the_oracle
+batch_oracle = contracts.test_a_left_padded_batch_matches_the_oracle
+
+
+# -- positions
+
+
+@caught_by(oracle, "llava", INPUT)
+def positions_counted_anew(patch: pytest.MonkeyPatch) -> None:
+    """What is left gets the positions 0 to K - 1."""
+    original = Patch._slice
+
+    def faulty(self: Patch, args: Any, kwargs: Any, source: Any, length: int) -> Any:
+        first = torch.arange(source.shape[1]).expand_as(source)
+        return original(self, args, kwargs, first, length)
+
+    patch.setattr(Patch, "_slice", faulty)
+
+
+@caught_by(oracle, "qwen2_5_vl", LAYERS)
+def positions_one_too_far(patch: pytest.MonkeyPatch) -> None:
+    """Kept tokens get the position of the token after them."""
+    original = Patch._slice
+
+    def faulty(self: Patch, args: Any, kwargs: Any, source: Any, length: int) -> Any:
+        return original(self, args, kwargs, (source + 1).clamp_max(length - 1), length)
+
+    patch.setattr(Patch, "_slice", faulty)
+
+
+@caught_by(contracts.test_compact_positions_match_the_oracle, "llava", INPUT, "alone")
+def compact_shift_forgotten_in_decoding(patch: pytest.MonkeyPatch) -> None:
+    original = Patch._renumber
+
+    def faulty(self: Patch, kwargs: Any, tokens: Any) -> None:
+        if tokens is not None:
+            original(self, kwargs, tokens)
+
+    patch.setattr(Patch, "_renumber", faulty)
+
+
+# -- masks
+
+
+@caught_by(contracts.test_eager_attention_matches_the_oracle, "llava", INPUT, "alone")
+def bidirectional_mask(patch: pytest.MonkeyPatch) -> None:
+    """Eager attention goes without a mask, as SDPA may: but then nothing is causal."""
+    original = engine.mask_for_kernel
+
+    def faulty(mask: Any, name: str, *args: Any) -> Any:
+        return name, original(mask, "sdpa", *args)[1]
+
+    patch.setattr(engine, "mask_for_kernel", faulty)
+
+
+@caught_by(batch_oracle, "llava", INPUT)
+def mask_of_the_first_keys(patch: pytest.MonkeyPatch) -> None:
+    """The mask is cut to length instead of being evaluated at the keys in hand."""
+    original = LazyMask.__call__
+
+    def faulty(self: LazyMask, queries: Any, keys: Any) -> Any:
+        return original(self, queries, torch.arange(keys.shape[2]).expand_as(keys))
+
+    patch.setattr(LazyMask, "__call__", faulty)
+
+
+@caught_by(contracts.test_keep_all_is_bit_identical, "llava_onevision", INPUT)
+def mask_of_all_ones_where_none_is_needed(patch: pytest.MonkeyPatch) -> None:
+    """Right to the last digits but not bit for bit: another kernel runs."""
+    _always_masked(patch)
+
+
+@caught_by(contracts.test_no_square_tensor_and_no_higher_peak, "llava_onevision", CACHE)
+def square_mask(patch: pytest.MonkeyPatch) -> None:
+    _always_masked(patch)
+
+
+def _always_masked(patch: pytest.MonkeyPatch) -> None:
+    original = engine.mask_for_kernel
+
+    def faulty(mask: Any, name: str, query: Any, rows: Any, keys: Any, holes: bool) -> Any:
+        return original(mask, name, query, rows, keys, True)
+
+    patch.setattr(engine, "mask_for_kernel", faulty)
+
+
+@caught_by(batch_oracle, "qwen2_5_vl", CACHE)
+def padding_is_seen(patch: pytest.MonkeyPatch) -> None:
+    original = LazyMask.__init__
+
+    def faulty(self: LazyMask, function: Any, padding: Any) -> None:
+        original(self, function, None)
+
+    patch.setattr(LazyMask, "__init__", faulty)
+
+
+@caught_by(batch_oracle, "llava", CACHE)
+def holes_are_seen(patch: pytest.MonkeyPatch) -> None:
+    """Samples keep unequal counts, and the filling of the shorter one takes part."""
+    original = LazyMask.__call__
+
+    def faulty(self: LazyMask, queries: Any, keys: Any) -> Any:
+        newest = keys.max(dim=-1, keepdim=True).values
+        return original(self, queries, torch.where(keys < 0, newest, keys))
+
+    patch.setattr(LazyMask, "__call__", faulty)
+
+
+# -- indices
+
+
+@caught_by(batch_oracle, "llava", INPUT)
+def holes_on_the_right(patch: pytest.MonkeyPatch) -> None:
+    """Right padding: the last row of the shorter sample is no token."""
+
+    def faulty(rows: list[Any]) -> Any:
+        longest = max(row.shape[-1] for row in rows)
+        return torch.stack(
+            [torch.nn.functional.pad(row, (0, longest - row.shape[-1]), value=-1) for row in rows]
+        )
+
+    patch.setattr(prefill, "pad_left", faulty)
+
+
+@caught_by(oracle, "llava", EVERYWHERE)
+def stale_kept_index(patch: pytest.MonkeyPatch) -> None:
+    """A second narrowing takes rows as if the first had not been."""
+
+    def faulty(self: Flight, sample: int, tokens: Any) -> Any:
+        return tokens.clamp_max(self.rows.shape[1] - 1)
+
+    patch.setattr(Flight, "locate", faulty)
+
+
+@caught_by(batch_oracle, "llava", CACHE)
+def stale_index_after_a_selection(patch: pytest.MonkeyPatch) -> None:
+    """A layer drops entries but goes on with the index of the first ones."""
+    original = PrunedLayer.select
+
+    def faulty(self: PrunedLayer, columns: Any) -> None:
+        before = self.index
+        original(self, columns)
+        self.index = before[..., : columns.shape[-1]].expand_as(self.index)
+
+    patch.setattr(PrunedLayer, "select", faulty)
+
+
+@caught_by(oracle, "llava", INPUT)
+def decision_recorded_but_not_applied(patch: pytest.MonkeyPatch) -> None:
+    original = Prefill.prune
+
+    def faulty(self: Prefill, *args: Any) -> Any:
+        before = [sample.alive for sample in self.samples]
+        merges = original(self, *args)
+        for sample, alive in zip(self.samples, before, strict=True):
+            sample.alive = alive
+        return merges
+
+    patch.setattr(Prefill, "prune", faulty)
+
+
+@caught_by(oracle, "qwen2_audio", LAYERS)
+def one_layer_late(patch: pytest.MonkeyPatch) -> None:
+    original = Patch._run_layer_stages
+
+    def faulty(self: Patch, number: int, hidden: Any) -> Any:
+        return original(self, number - 1 if number > 1 else number, hidden) if number != 1 else None
+
+    patch.setattr(Patch, "_run_layer_stages", faulty)
+
+
+# -- what is merged, and what early layers add
+
+
+@caught_by(oracle, "llava_onevision", "vflowopt(keep=0.5)")
+def merge_weights_lost(patch: pytest.MonkeyPatch) -> None:
+    original = engine._absorb_
+
+    def faulty(features: Any, source: Any, target: Any, weight: Any) -> None:
+        original(features, source, target, torch.ones_like(weight))
+
+    patch.setattr(engine, "_absorb_", faulty)
+
+
+@caught_by(oracle, "llava", "vflowopt(keep=0.5)")
+def merge_forgotten(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(engine, "_absorb_", lambda *args: None)
+
+
+@caught_by(oracle, "qwen3_vl", INPUT)
+def deepstack_not_narrowed(patch: pytest.MonkeyPatch) -> None:
+    """Rows moved, but the features of the first rows are added."""
+    original = Patch._after_layer
+
+    def faulty(self: Patch, *args: Any) -> Any:
+        flight = self._flight
+        if flight is None or flight.source is None:
+            return original(self, *args)
+        kept = flight.source
+        flight.source = torch.arange(kept.shape[1]).expand_as(kept)
+        try:
+            return original(self, *args)
+        finally:
+            flight.source = kept
+
+    patch.setattr(Patch, "_after_layer", faulty)
+
+
+@caught_by(oracle, "qwen3_vl", "vflowopt(keep=0.5)")
+def deepstack_not_merged(patch: pytest.MonkeyPatch) -> None:
+    original = Patch._merge
+
+    def faulty(self: Patch, *args: Any) -> Any:
+        before = self._deepstack
+        hidden = original(self, *args)
+        self._deepstack = before
+        return hidden
+
+    patch.setattr(Patch, "_merge", faulty)
+
+
+# -- caches
+
+
+@caught_by(oracle, "llava", CACHE)
+def heads_swapped(patch: pytest.MonkeyPatch) -> None:
+    original = Prefill.prune_cache
+
+    def faulty(self: Prefill, *args: Any) -> Any:
+        kept = original(self, *args)
+        return None if kept is None else (kept[0].flip(1), *kept[1:])
+
+    patch.setattr(Prefill, "prune_cache", faulty)
+
+
+@caught_by(oracle, "qwen2_audio", CACHE)
+def values_of_other_entries(patch: pytest.MonkeyPatch) -> None:
+    """Keys are selected, values are just cut to length."""
+    original = PrunedLayer.select
+
+    def faulty(self: PrunedLayer, columns: Any) -> None:
+        values = self.values
+        original(self, columns)
+        self.values = values[:, :, -columns.shape[-1] :].contiguous()
+
+    patch.setattr(PrunedLayer, "select", faulty)
+
+
+@caught_by(contracts.test_kv_bytes_really_fall, "llava", CACHE)
+def bytes_not_freed(patch: pytest.MonkeyPatch) -> None:
+    """What is kept is a view that holds on to a larger tensor, until decoding copies it."""
+    original = PrunedLayer.select
+
+    def faulty(self: PrunedLayer, columns: Any) -> None:
+        whole = self.keys.shape[2]
+        original(self, columns)
+        kept = self.keys.shape[2]
+        room = self.keys.new_zeros(*self.keys.shape[:2], whole, self.keys.shape[3])
+        room[:, :, :kept] = self.keys
+        self.keys = room[:, :, :kept]
+
+    patch.setattr(PrunedLayer, "select", faulty)
+
+
+@caught_by(contracts.test_a_cropped_cache_goes_on_as_before, "llava", EVERYWHERE, 1)
+def length_is_physical(patch: pytest.MonkeyPatch) -> None:
+    def faulty(self: PrunedLayer) -> int:
+        return 0 if self.index is None else self.keys.shape[2]
+
+    patch.setattr(PrunedLayer, "get_seq_length", faulty)
+
+
+@caught_by(contracts.test_assisted_decoding_matches_the_oracle, "llava_next", EVERYWHERE)
+def rollback_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """Tokens that were taken back stay in the cache; only the count is right."""
+
+    def faulty(self: PrunedLayer, tokens_to_remove: int) -> None:
+        if self.index is not None:
+            self.seen += min(0, tokens_to_remove)
+            self.clock.end = self.seen
+
+    patch.setattr(PrunedLayer, "crop", faulty)
+
+
+@caught_by(contracts.test_a_cropped_cache_goes_on_as_before, "llava", EVERYWHERE, 3)
+def clock_not_rolled_back(patch: pytest.MonkeyPatch) -> None:
+    original = PrunedLayer.crop
+
+    def faulty(self: PrunedLayer, tokens_to_remove: int) -> None:
+        end = self.clock.end
+        original(self, tokens_to_remove)
+        self.clock.end = end
+
+    patch.setattr(PrunedLayer, "crop", faulty)
+
+
+@caught_by(contracts.test_a_cropped_cache_goes_on_as_before, "llava", EVERYWHERE, 5)
+def rollback_of_one_too_many(patch: pytest.MonkeyPatch) -> None:
+    def faulty(self: PrunedLayer, tokens_to_remove: int) -> None:
+        stay = self.keys.shape[2] + tokens_to_remove - 1
+        self.keys, self.values = self.keys[:, :, :stay], self.values[:, :, :stay]
+        self.index = self.index[..., :stay]
+        self.seen += tokens_to_remove
+        self.clock.end = self.seen
+
+    patch.setattr(PrunedLayer, "crop", faulty)
+
+
+@caught_by(contracts.test_beam_search_scores_match_the_oracle, "llava_onevision", EVERYWHERE)
+def beams_not_reordered(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PrunedLayer, "reorder_cache", lambda self, beams: None)
+
+
+# -- what stages are shown, and what they promise
+
+
+@caught_by(context.test_attention_rows_are_those_of_eager_attention, "llava", "alone")
+def query_heads_grouped_wrongly(patch: pytest.MonkeyPatch) -> None:
+    """Query head h reads key-value head h % H instead of h // (heads / H)."""
+    original = engine.attention_row
+
+    def faulty(query: Any, keys: Any, *args: Any) -> Any:
+        share = query.shape[1] // keys.shape[1]
+        order = torch.arange(query.shape[1]).view(-1, share).T.flatten()
+        return original(query[:, order], keys, *args)
+
+    patch.setattr(engine, "attention_row", faulty)
+
+
+@caught_by(context.test_attention_rows_are_those_of_eager_attention, "qwen2_5_vl", "batch")
+def padding_takes_attention(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(engine, "last_query_mask", lambda *args: None)
+
+
+@caught_by(context.test_encoder_views_are_the_tower_s_attention, "llava", "alone")
+def class_token_left_in_the_softmax(patch: pytest.MonkeyPatch) -> None:
+    """Its column is dropped, but rows are not normalised again."""
+
+    def faulty(self: StreamedView, query: Any, key: Any) -> Any:
+        scores = (query @ key.transpose(2, 3)).float() * self._scaling
+        yield scores.softmax(dim=-1).mean(dim=1)[..., self._prefix :]
+
+    patch.setattr(StreamedView, "_blocks", faulty)
+
+
+@caught_by(contracts.test_baselines_keep_the_count_they_were_told, "llava_next", "input", 0.7)
+def shares_rounded_down(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(selectors, "count", lambda share, total: max(1, int(share * total)))
+
+
+@caught_by(contracts.test_only_patches_are_in_the_layout, "llava_next")
+def newlines_are_pruned(patch: pytest.MonkeyPatch) -> None:
+    """Separators count as patches."""
+    original = LlavaNext.items
+
+    def faulty(self: LlavaNext, *args: Any) -> list[Item]:
+        return [Item.grid(1, 1, len(item.real), video=False) for item in original(self, *args)]
+
+    patch.setattr(LlavaNext, "items", faulty)
+
+
+@caught_by(test_adapters.test_align_packs_a_map_as_the_model_packs_a_feature, "qwen2_5_vl", False)
+def window_order_not_undone(patch: pytest.MonkeyPatch) -> None:
+    """The tower's map stays in the order of its attention windows."""
+
+    def faulty(self: Qwen2_5VL, grids: Any) -> Any:
+        merged = sum(frames * rows * columns for frames, rows, columns in grids)
+        return torch.arange(merged // self._merge() ** 2)
+
+    patch.setattr(Qwen2_5VL, "_order", faulty)
+
+
+@caught_by(contracts.test_the_same_input_gives_the_same_selection, "llava_onevision", INPUT)
+def draws_from_the_global_generator(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(baselines, "_draws", lambda shape, *args: torch.rand(shape))
+
+
+@caught_by(contracts.test_a_left_padded_batch_equals_each_alone, "llava", INPUT)
+def draws_differ_by_row(patch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    patch.setattr(baselines, "_draws", lambda shape, *args: torch.rand(shape, generator=generator))
+
+
+# -- what is left behind
+
+
+@caught_by(contracts.test_the_model_is_as_before, "llava_next_video", INPUT)
+def attention_not_restored(patch: pytest.MonkeyPatch) -> None:
+    original = engine._switch_attention
+
+    def faulty(stack: Any, config: Any, *args: Any) -> None:
+        name = "_attn_implementation_internal"
+        patch.setattr(config, name, getattr(config, name))  # to be put right after the test
+        stack.callback(setattr, config, name, "eager")
+        original(stack, config, *args)
+
+    patch.setattr(engine, "_switch_attention", faulty)
+
+
+@caught_by(contracts.test_the_model_is_as_before_after_an_exception, "llava", "layer")
+def hooks_stay_after_an_exception(patch: pytest.MonkeyPatch) -> Callable[[], None]:
+    original = Patch.__exit__
+    left = []
+
+    def faulty(self: Patch, *error: Any) -> None:
+        if error[0] is None:
+            original(self, *error)
+        else:
+            left.append(self)
+
+    patch.setattr(Patch, "__exit__", faulty)
+
+    def clean() -> None:
+        for one in left:
+            original(one, None, None, None)
+
+    return clean
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault, check = MUTANTS[name]
+    check()
+    forget_pruned_runs()  # runs of the sound engine
+    with monkeypatch.context() as patch:
+        clean = fault(patch)
+        try:
+            with pytest.raises(AssertionError):
+                check()
+        finally:
+            forget_pruned_runs()  # runs of the mutant
+            if clean is not None:
+                clean()
+
+
+def test_there_are_enough_mutants() -> None:
+    assert len(MUTANTS) >= 12
