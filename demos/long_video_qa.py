@@ -46,7 +46,8 @@ FONTS = {
     "font_mono": ["Menlo", "Consolas", "monospace"],
 }
 CSS = """
-#numbers table {width: 100%; margin: 0; border: 0}
+#numbers table {width: 100%; margin: 0}
+#numbers table, #numbers tr {border: 0 !important}
 #numbers th, #numbers td {padding: 3px 10px; border-width: 0 0 1px 0; border-color: #ddd}
 #numbers td:first-child {white-space: pre}
 """
