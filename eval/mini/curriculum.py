@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +13,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from tokenprune.eval.mini.language import FrameSource, Tally, draw_batch, forward, loss_of
+from tokenprune.eval.mini.language import (
+    ContextHeads,
+    FrameSource,
+    Tally,
+    draw_batch,
+    forward,
+    forward_with_hidden,
+    loss_of,
+)
 from tokenprune.eval.mini.world import stream
 
-__all__ = ["STAGES", "Progress", "Stage", "evaluate", "train_language"]
+__all__ = ["JOINT", "STAGES", "Progress", "Stage", "evaluate", "train_language"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +42,12 @@ class Stage:
 
 
 STAGES = (
-    Stage(1, 3, 32, 12, 0.94, 6),
-    Stage(2, 6, 24, 12, 0.92, 12),
-    Stage(4, 16, 16, 16, 0.90, 25),
+    Stage(2, 5, 24, 12, 0.93, 9),
+    Stage(3, 8, 20, 14, 0.91, 10),
+    Stage(6, 20, 12, 18, 0.90, 10),
     Stage(12, 64, 8, 24, 2.0, 600),
 )
+JOINT = (Stage(8, 64, 6, 24, 2.0, 600),)
 
 
 @dataclass
@@ -86,7 +94,7 @@ class Optimizers:
         others = [p for _, p in named if id(p) not in chosen]
         self.parameters = matrices + others
         self.all: list[tuple[torch.optim.Optimizer, float]] = [
-            (torch.optim.AdamW(others, 1e-3, weight_decay=0.01, betas=(0.9, 0.98)), 1.0)
+            (torch.optim.AdamW(others, 1e-3, weight_decay=0.01, betas=(0.9, 0.98)), 1.5)
         ]
         if matrices:
             rule = torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.01, momentum=0.95)
@@ -130,29 +138,48 @@ def train_language(
     seed: int,
     checkpoint: Path,
     peak: float = 1.2e-3,
-    muon: bool = False,
+    muon: bool = True,
+    tower: nn.Module | None = None,
     stages: tuple[Stage, ...] = STAGES,
-    on_stage: Callable[[int], None] = lambda stage: None,
 ) -> None:
-    """Train the language model on a bank; continues from `checkpoint` where there is one."""
+    """Train the language model; continues from `checkpoint` where there is one.
+
+    Args:
+        model: What is trained, in place.
+        tokenizer: Its tokenizer.
+        source: Where frame features come from.
+        minutes: How long to train in all; the learning rate falls with it.
+        seed: Of the videos.
+        checkpoint: Written at each evaluation.
+        peak: The highest learning rate.
+        muon: Use Muon for the layers' matrices: it needs about half the steps of AdamW alone.
+        tower: Trained too, if given; `source` must then pass gradients on.
+        stages: The curriculum.
+    """
     language = model.model.language_model
-    optimizers = Optimizers(language, muon)
+    optimizers = Optimizers(language, muon, tower)
+    heads = ContextHeads(model.config.text_config.hidden_size)
+    heads_optimizer = torch.optim.AdamW(heads.parameters(), 2e-3)
     progress = Progress()
     if checkpoint.exists():
         saved = torch.load(checkpoint)
         language.load_state_dict(saved["language"])
+        if tower is not None:
+            tower.load_state_dict(saved["visual"])
+        if "heads" in saved:
+            heads.load_state_dict(saved["heads"], strict=False)
         for (optimizer, _), state in zip(optimizers.all, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         progress = Progress(**saved["progress"])
         logger.info("continue at %s", progress)
     rng = stream("train", 2, seed, progress.step)
-    clock, running = time.time(), 0.0
+    clock, running, running_aside = time.time(), 0.0, 0.0
     while progress.seconds < 60 * minutes and progress.stage < len(stages):
         stage = stages[progress.stage]
         frames = draw_length(rng, stage)
         middle = (stage.low + stage.high) / 2
         videos = max(4, min(32, round(stage.videos * middle / max(frames, middle / 2))))
-        loss = 0.0
+        loss = aside = 0.0
         room = max(1, 320 // frames)  # videos in one pass; the rest accumulates
         for start in range(0, videos, room):
             part = min(room, videos - start)
@@ -165,11 +192,19 @@ def train_language(
                 frames=frames,
                 questions=stage.questions,
             )
-            share = loss_of(forward(model, batch), batch) * (part / videos)
-            share.backward()
+            logits, hidden = forward_with_hidden(model, batch)
+            share = loss_of(logits, batch) * (part / videos)
             loss += share.item()
+            if batch.context is not None:
+                extra = heads.loss(hidden, batch) * (part / videos)
+                share = share + 0.3 * extra
+                aside += extra.item()
+            share.backward()
         progress.step += 1
         optimizers.step(learning_rate(progress.step, progress.seconds / (60 * minutes), peak))
+        heads_optimizer.step()
+        heads_optimizer.zero_grad()
+        running_aside = 0.97 * running_aside + 0.03 * aside
         running = loss if running == 0 else 0.97 * running + 0.03 * loss
         passed, clock = time.time() - clock, time.time()
         progress.seconds += passed
@@ -179,12 +214,13 @@ def train_language(
                 model, tokenizer, source, frames=stage.high, videos=24 if stage.high <= 16 else 12
             )
             logger.info(
-                "step %d, %.0f s, %d-%d frames, loss %.3f, held out at %d: %s",
+                "step %d, %.0f s, %d-%d frames, loss %.3f + %.3f, held out at %d: %s",
                 progress.step,
                 progress.seconds,
                 stage.low,
                 stage.high,
                 running,
+                running_aside,
                 stage.high,
                 tally,
             )
@@ -192,18 +228,23 @@ def train_language(
             if tally.accuracy >= stage.gate or over:
                 progress.stage += 1
                 progress.stage_seconds = 0.0
-                on_stage(progress.stage)
-            save_checkpoint(checkpoint, language, optimizers, progress)
-    save_checkpoint(checkpoint, language, optimizers, progress)
+            save_checkpoint(checkpoint, model, heads, optimizers, progress)
+    save_checkpoint(checkpoint, model, heads, optimizers, progress)
 
 
 def save_checkpoint(
-    path: Path, language: nn.Module, optimizers: Optimizers, progress: Progress
+    path: Path,
+    model: Qwen2_5_VLForConditionalGeneration,
+    heads: nn.Module,
+    optimizers: Optimizers,
+    progress: Progress,
 ) -> None:
     """Write the checkpoint beside its place and move it there in one step."""
     beside = path.with_suffix(".new")
     state = {
-        "language": language.state_dict(),
+        "language": model.model.language_model.state_dict(),
+        "visual": model.model.visual.state_dict(),
+        "heads": heads.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer, _ in optimizers.all],
         "progress": vars(progress),
     }

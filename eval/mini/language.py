@@ -25,11 +25,12 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from tokenprune.eval.mini.model import FRAME_SIZE, FRAME_TOKENS, MERGE, PATCH
+from tokenprune.eval.mini.model import FRAME_SIZE, FRAME_TOKENS, PATCH
 from tokenprune.eval.mini.tower import encode_frames
 from tokenprune.eval.mini.world import (
     COLORS,
     KINDS,
+    MAX_COUNT,
     SHAPES,
     Question,
     Story,
@@ -44,7 +45,8 @@ from tokenprune.eval.mini.world import (
 __all__ = ["Bank", "Batch", "FrameSource", "Tally", "build_bank", "draw_batch", "forward"]
 
 BANK_STEPS = 8  # frames per clip
-WEIGHTS = {"after": 4, "before": 4, "count": 4, "color": 2, "shape": 2, "exist": 2}  # others: 1
+TARGET_SPREAD = 0.4  # variance of thing features along each axis, beside embeddings of 0.08²
+WEIGHTS = {"color": 3, "after": 5, "before": 5, "count": 4, "shape": 2, "exist": 2}  # others: 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -99,9 +101,10 @@ class FrameSource(Protocol):
     """Turns a story into the features of its sampled frames."""
 
     pairs: Sequence[tuple[Thing, Thing]] | None
+    nothing: Tensor | None  # [D] feature of a token that shows no thing
 
-    def features(self, rng: np.random.Generator, story: Story, scenes: NDArray[np.int64]) -> Tensor:
-        """Features `[F, 18, D]` of frames that show `scenes[i]`."""
+    def features(self, rng: np.random.Generator, story: Story, frames: int, phase: float) -> Tensor:
+        """Features `[F, 18, D]` of frames at `(i + phase)` intervals."""
         ...
 
 
@@ -124,6 +127,7 @@ class Bank:
         for row, things in enumerate(self.things):
             self.rows[things].append(row)
         self.pairs = [things for things in self.rows if len(things) == 2]
+        self.nothing = self.data[::7, 0].float().flatten(0, 1).median(0).values
 
     @classmethod
     def load(cls, path: Path) -> Bank:
@@ -131,7 +135,8 @@ class Bank:
         saved = torch.load(path)
         return cls(saved["data"], [tuple(Thing(*t) for t in shown) for shown in saved["things"]])
 
-    def features(self, rng: np.random.Generator, story: Story, scenes: NDArray[np.int64]) -> Tensor:
+    def features(self, rng: np.random.Generator, story: Story, frames: int, phase: float) -> Tensor:
+        scenes = frame_scenes(story, frames, story.interval_seconds, phase)
         clips = np.array([rng.choice(self.rows[scene.things]) for scene in story.scenes])
         steps = (scene_progress(scenes) * BANK_STEPS).astype(np.int64)
         if rng.random() < 0.5:
@@ -165,6 +170,80 @@ def build_bank(
     return Bank(torch.cat(data), things)
 
 
+def thing_means(bank: Bank) -> tuple[Tensor, Tensor]:
+    """Mean feature of every thing `[shapes, colors, D]`, and of a token that shows none `[D]`."""
+    single = [row for row, things in enumerate(bank.things) if len(things) == 1]
+    tokens = bank.data[single, ::2].float()  # [clips, steps, 18, D]
+    nothing = tokens.flatten(0, 2)[::7].median(0).values
+    farthest = (tokens - nothing).norm(dim=-1).argmax(-1, keepdim=True)[..., None]
+    shown = tokens.take_along_dim(farthest, 2).flatten(1, 2).mean(1)  # [clips, D]
+    shapes = torch.tensor([bank.things[row][0].shape for row in single])
+    colors = torch.tensor([bank.things[row][0].color for row in single])
+    means = torch.zeros(len(SHAPES), len(COLORS), shown.shape[-1])
+    for shape in range(len(SHAPES)):
+        for color in range(len(COLORS)):
+            means[shape, color] = shown[(shapes == shape) & (colors == color)].mean(0)
+    return means, nothing
+
+
+def balancing(bank: Bank) -> Tensor:
+    """A matrix `[D, D]` that gives all directions in which things differ about the same spread.
+
+    Features of a trained tower tell shapes apart along a few directions that drown the rest. The
+    matrix is folded into the tower's last layer.
+    """
+    things, nothing = thing_means(bank)
+    means = things.flatten(0, 1)
+    means = torch.cat([means, nothing.expand(len(means) // 8, -1)])
+    means = means - means.mean(0)
+    spread, axes = torch.linalg.eigh(means.T @ means / len(means))
+    classes = len(SHAPES) + len(COLORS)
+    spread, axes = spread[-classes:], axes[:, -classes:]
+    scale = (TARGET_SPREAD / spread).sqrt().clamp(0.2, 3.5)
+    within = axes @ axes.T
+    return axes @ torch.diag(scale) @ axes.T + 0.7 * (torch.eye(len(within)) - within)
+
+
+def align_words(
+    model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, bank: Bank
+) -> None:
+    """Start the words for shapes and colours where the tower puts what they name.
+
+    The first layers start with two heads that look for the same shape and tell the colour, and
+    two that look for the same colour and tell the shape. From random weights, shapes are not
+    looked up for the first thousand steps. All of it is trained like the rest.
+    """
+    means, _ = thing_means(bank)
+    language = model.model.language_model
+    vocabulary = tokenizer.get_vocab()
+    axes = []
+    with torch.no_grad():
+        for words, other in ((SHAPES, 1), (COLORS, 0)):
+            direction = means.mean(other) - means.mean((0, 1))
+            for word, row in zip(words, direction, strict=True):
+                language.embed_tokens.weight[vocabulary[word]] = 0.9 * row / row.norm()
+            axes.append(torch.linalg.svd(direction)[2][: len(words) - 1])  # [classes - 1, D]
+        for layer in language.layers[:3]:
+            _align_layer(layer.self_attn, *axes)
+
+
+def _align_layer(attention: nn.Module, shapes: Tensor, colors: Tensor) -> None:
+    size = attention.head_dim
+    still = torch.cat([torch.arange(size // 4, size // 2), torch.arange(3 * size // 4, size)])
+    query, key, value = (
+        getattr(attention, f"{name}_proj").weight.unflatten(0, (-1, size)) for name in "qkv"
+    )
+    output = attention.o_proj.weight.unflatten(1, (-1, size))  # [D, heads, size]
+    for group, (same, told) in enumerate(((shapes, colors), (colors, shapes))):
+        spread = torch.linalg.qr(torch.randn(len(still), len(same)))[0]
+        look = 0.7 * spread @ same  # on the axes of height and width, which hardly turn
+        key[group, still] = look
+        value[group, : len(told)] = told
+        for head in (2 * group, 2 * group + 1):
+            query[head, still] = look
+            output[:, head, : len(told)] = 0.15 * told.T
+
+
 # ---------------------------------------------------------------------------------------------
 # Batches
 # ---------------------------------------------------------------------------------------------
@@ -184,6 +263,60 @@ class Batch:
     mask: Tensor  # [B, 1, Q, N + Q]
     positions: Tensor  # [3, B, N + Q]
     asked: list[list[tuple[Question, int, int]]]  # with start and end of the answer in `target`
+    order: Tensor  # [B, Q, 3] targets of ContextHeads, in the words of order questions
+    context: Tensor | None = None  # [B, F * 18, 3] targets of ContextHeads
+
+
+class ContextHeads(nn.Module):
+    """What a token that shows a thing can know of the scenes before: trained beside the answers.
+
+    The thing of the scene before (shape and colour), and how often its own shape has come so
+    far. The words of order questions learn the answer early, too. Dropped after training.
+    """
+
+    classes = (len(SHAPES), len(COLORS), MAX_COUNT + 1)
+    layers = (2, 3)
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(width, sum(self.classes)) for _ in self.layers)
+        self.order = nn.ModuleList(nn.Linear(width, sum(self.classes)) for _ in self.layers)
+
+    def loss(self, hidden: Sequence[Tensor], batch: Batch) -> Tensor:
+        """Mean cross entropy; `hidden[i]` is `[B, N + Q, D]` after layer i."""
+        assert batch.context is not None
+        total = torch.zeros(())
+        n = batch.features.shape[1]
+        for layer, head, order in zip(self.layers, self.heads, self.order, strict=True):
+            states = F.rms_norm(hidden[layer].float(), hidden[layer].shape[-1:])
+            total = total + self._loss(head(states[:, 2 : n + 2]), batch.context)
+            if layer > 2:  # the second layer does not know what came before
+                total = total + self._loss(order(states[:, n + 3 :]), batch.order)
+        return total
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for part, target in zip(logits.split(self.classes, -1), targets.unbind(-1), strict=True):
+            asked = (target >= 0).sum().clamp(min=1)  # of a one-scene video, nothing
+            each = F.cross_entropy(part.flatten(0, 1), target.flatten(), reduction="sum")
+            total = total + each / asked
+        return total / len(self.classes)
+
+
+def context_targets(story: Story, scenes: NDArray[np.int64], shows: Tensor) -> Tensor:
+    """Targets of ContextHeads `[F * 18, 3]`, -100 where unknown or where no thing is shown."""
+    scene_targets = torch.full((len(story.scenes), 3), -100)
+    seen: dict[int, int] = defaultdict(int)
+    for i, scene in enumerate(story.scenes):
+        for thing in scene.things:
+            seen[thing.shape] += 1
+        if len(scene.things) == 1:
+            scene_targets[i, 2] = seen[scene.things[0].shape]
+        if i and len(story.scenes[i - 1].things) == 1:
+            before = story.scenes[i - 1].things[0]
+            scene_targets[i, :2] = torch.tensor([before.shape, before.color])
+    frames = scene_targets[torch.from_numpy(scenes)][:, None].expand(-1, FRAME_TOKENS, -1)
+    return torch.where(shows[..., None], frames, -100).flatten(0, 1)
 
 
 def draw_questions(rng: np.random.Generator, story: Story, count: int) -> list[Question]:
@@ -214,16 +347,23 @@ def draw_batch(
     interval: float | None = None,
 ) -> Batch:
     """Draw `videos` videos of `frames` frames with about `questions` questions each."""
-    features, asked, intervals = [], [], []
+    features, asked, intervals, context = [], [], [], []
     for _ in range(videos):
         intervals.append(interval or draw_interval(rng, frames))
         story = draw_story(rng, frames=frames, interval_seconds=intervals[-1], pairs=source.pairs)
-        scenes = frame_scenes(story, frames, intervals[-1], float(rng.random()))
-        features.append(source.features(rng, story, scenes).flatten(0, 1))
+        phase = float(rng.random())
+        seen = source.features(rng, story, frames, phase)
+        features.append(seen.flatten(0, 1))
+        if source.nothing is not None:
+            scenes = frame_scenes(story, frames, intervals[-1], phase)
+            far = (seen - source.nothing).norm(dim=-1)  # [F, 18]
+            context.append(context_targets(story, scenes, far > 0.6 * far.amax(1, keepdim=True)))
         drawn = draw_questions(rng, story, questions)
         described = ask(rng, story, "describe") if describe else None
         asked.append([*drawn, described] if described else drawn)
-    return _assemble(model, tokenizer, features, asked, intervals, frames)
+    batch = _assemble(model, tokenizer, features, asked, intervals, frames)
+    batch.context = torch.stack(context) if context else None
+    return batch
 
 
 def _assemble(
@@ -267,6 +407,13 @@ def _assemble(
     own = own & torch.ones(longest, longest, dtype=torch.bool).tril()
     n = prefix.shape[2]
     mask = torch.cat([torch.ones(len(rows), longest, n, dtype=torch.bool), own], 2)[:, None]
+    order = torch.full((len(rows), longest, 3), -100)
+    for row, span in enumerate(spans):
+        for question, start, _ in span:
+            if question.kind in ("after", "before"):
+                color, shape = question.answer.split()
+                answer = (SHAPES.index(shape), COLORS.index(color))
+                order[row, start - 2 : start + 1, :2] = torch.tensor(answer)
     return Batch(
         torch.stack(features),
         padded(0, 0).long(),
@@ -275,6 +422,7 @@ def _assemble(
         mask,
         torch.cat([prefix, text_positions], 2),
         spans,
+        order,
     )
 
 
@@ -305,6 +453,13 @@ def _prefix_ids(model: Qwen2_5_VLForConditionalGeneration, frames: int) -> Tenso
 
 def forward(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Tensor:
     """Logits at the question tokens, `[B, Q, V]`. Needs "mini_by_question" attention."""
+    return forward_with_hidden(model, batch)[0]
+
+
+def forward_with_hidden(
+    model: Qwen2_5_VLForConditionalGeneration, batch: Batch
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits as `forward`, and the hidden states `[B, N + Q, D]` before and after each layer."""
     language = model.model.language_model
     embed = language.embed_tokens
     n = batch.features.shape[1]
@@ -312,13 +467,15 @@ def forward(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Tensor:
     ends = embed(prefix[[0, 1, -1]]).expand(len(batch.text), -1, -1)
     whole = [ends[:, :2], batch.features, ends[:, 2:], embed(batch.text)]
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = language(
+        output = language(
             inputs_embeds=torch.cat(whole, 1),
             attention_mask={"full_attention": batch.mask},
             position_ids=batch.positions,
             use_cache=False,
-        ).last_hidden_state
-    return F.linear(hidden[:, n + 3 :].float(), embed.weight)
+            output_hidden_states=True,
+        )
+    logits = F.linear(output.last_hidden_state[:, n + 3 :].float(), embed.weight)
+    return logits, list(output.hidden_states)
 
 
 def loss_of(logits: Tensor, batch: Batch) -> Tensor:

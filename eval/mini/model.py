@@ -156,3 +156,5 @@ def save(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
     model.save_pretrained(folder, state_dict=state)
     model.config.dtype = dtype
     build_processor().save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)

@@ -11,22 +11,24 @@ import logging
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
+from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from tokenprune.eval.mini.curriculum import train_language
-from tokenprune.eval.mini.language import Bank, build_bank
+from tokenprune.eval.mini.curriculum import JOINT, train_language
+from tokenprune.eval.mini.language import Bank, align_words, balancing, build_bank
 from tokenprune.eval.mini.model import build_model, build_processor, save
-from tokenprune.eval.mini.tower import train_tower
-from tokenprune.eval.mini.world import stream
+from tokenprune.eval.mini.tower import encode_frames, train_tower
+from tokenprune.eval.mini.videos import sampled_frames
+from tokenprune.eval.mini.world import Story, stream
 
 logger = logging.getLogger(__name__)
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 Run = Annotated[Path, typer.Option(help="Folder of checkpoints.")]
 Seed = Annotated[int, typer.Option(help="Seed of the initial weights and of the videos.")]
-FEATURE_SCALE = 0.3  # standard deviation of tower features, beside embeddings of 0.08
 
 
 def training_model(run: Path, seed: int) -> Qwen2_5_VLForConditionalGeneration:
@@ -34,13 +36,13 @@ def training_model(run: Path, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     model = build_model(seed)
     model.model.visual.config._attn_implementation = "mini_by_frame"
     model.model.language_model.config._attn_implementation = "mini_by_question"
-    if (run / "joint.pt").exists():
-        model.load_state_dict(torch.load(run / "joint.pt")["model"])
-        return model
-    if (run / "tower.pt").exists():
-        model.model.visual.load_state_dict(torch.load(run / "tower.pt")["visual"])
-    if (run / "language.pt").exists():
-        model.model.language_model.load_state_dict(torch.load(run / "language.pt")["language"])
+    for name in ("tower", "language", "joint"):  # later stages hold what earlier ones learned
+        if (path := run / f"{name}.pt").exists():
+            saved = torch.load(path)
+            if "visual" in saved:
+                model.model.visual.load_state_dict(saved["visual"])
+            if "language" in saved:
+                model.model.language_model.load_state_dict(saved["language"])
     return model
 
 
@@ -62,26 +64,21 @@ def tower(run: Run = Path("runs/mini"), minutes: float = 12.5, seed: Seed = 0) -
 
 
 def load_bank(run: Path, model: Qwen2_5_VLForConditionalGeneration, seed: int) -> Bank:
-    """The bank of the run folder, built on first use; the tower is rescaled for it."""
+    """The bank of the run folder, built on first use; the tower is balanced for it."""
     path = run / "bank.pt"
     if not path.exists():
-        scale_features(model, seed)
-        checkpoint = torch.load(run / "tower.pt")
-        torch.save(checkpoint | {"visual": model.model.visual.state_dict()}, run / "tower.pt")
         bank = build_bank(model.model.visual, stream("train", 3, seed))
+        change = balancing(bank)
+        bank.data = (bank.data.float() @ change.T).half()
+        last = model.model.visual.merger.mlp[2]
+        with torch.no_grad():
+            last.weight.copy_(change @ last.weight)
+            last.bias.copy_(change @ last.bias)
+        torch.save({"visual": model.model.visual.state_dict()}, run / "tower.pt")
         things = [[(t.shape, t.color) for t in shown] for shown in bank.things]
         torch.save({"data": bank.data, "things": things}, path)
         logger.info("bank of %d clips, deviation %.3f", len(bank.data), bank.data.float().std())
     return Bank.load(path)
-
-
-def scale_features(model: Qwen2_5_VLForConditionalGeneration, seed: int) -> None:
-    """Fold into the tower's last layer what brings its features to FEATURE_SCALE."""
-    probe = build_bank(model.model.visual, stream("train", 4, seed), clips=1, pairs=0)
-    factor = FEATURE_SCALE / probe.data.float().std()
-    with torch.no_grad():
-        for parameter in model.model.visual.merger.mlp[2].parameters():
-            parameter.mul_(factor)
 
 
 @app.command()
@@ -90,14 +87,50 @@ def language(run: Run = Path("runs/mini"), minutes: float = 95, seed: Seed = 0) 
     set_up(run)
     model = training_model(run, seed)
     bank = load_bank(run, model, seed)
+    tokenizer = build_processor().tokenizer
+    align_words(model, tokenizer, bank)  # a checkpoint overwrites it
     train_language(
         model,
-        build_processor().tokenizer,
+        tokenizer,
         bank,
         minutes=minutes,
         seed=seed,
         checkpoint=run / "language.pt",
-        muon=True,
+    )
+
+
+class Rendered:
+    """Renders and encodes every frame anew, so that gradients reach the tower."""
+
+    pairs = None
+    nothing = None
+
+    def __init__(self, visual: nn.Module) -> None:
+        self.visual = visual
+
+    def features(
+        self, rng: np.random.Generator, story: Story, frames: int, phase: float
+    ) -> torch.Tensor:
+        pictures = sampled_frames(rng, story, frames=frames, phase=phase)
+        with torch.autocast("cpu", torch.bfloat16):
+            return encode_frames(self.visual, pictures).float()
+
+
+@app.command()
+def joint(run: Run = Path("runs/mini"), minutes: float = 20, seed: Seed = 0) -> None:
+    """Train tower and language model together on rendered videos."""
+    set_up(run)
+    model = training_model(run, seed)
+    train_language(
+        model,
+        build_processor().tokenizer,
+        Rendered(model.model.visual),
+        minutes=minutes,
+        seed=seed + 1000,
+        checkpoint=run / "joint.pt",
+        peak=4e-4,
+        tower=model.model.visual,
+        stages=JOINT,
     )
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 __all__ = [
     "COLORS",
     "KINDS",
+    "MAX_COUNT",
     "NUMBERS",
     "SHAPES",
     "Clips",
@@ -213,7 +214,7 @@ def draw_story(
             f"{frames} frames hold 1 to {most} scenes, got scenes={scenes}; ask for fewer"
         )
     if scenes is None:
-        scenes = int(rng.integers(min(max(1, frames // 8), 12), most + 1))
+        scenes = int(rng.integers(min(max(1, round(frames / 2.6)), 12), most + 1))
     if needle is None:
         needle = scenes >= 3 and rng.random() < 0.7
     at = int(rng.integers(scenes)) if needle else -1
@@ -378,8 +379,10 @@ def _ask_existence(rng: np.random.Generator, story: Story, kind: str) -> Questio
         thing = one
     elif rng.random() < 0.6:  # a shape and a colour that were seen, but perhaps not together
         thing = Thing(one.shape, other.color)
-    else:
+    elif rng.random() < 0.5:
         thing = Thing(one.shape, int(rng.integers(len(COLORS))))
+    else:
+        thing = Thing(int(rng.integers(len(SHAPES))), one.color)
     answer = "yes" if thing in things else "no"
     return Question(f"was there a {thing} ?", answer, kind)
 
