@@ -439,7 +439,7 @@ def _prefix_positions(
         ids,
         2 * (ids == config.video_token_id).int(),
         video_grid_thw=torch.tensor([[frames, height, width]] * len(intervals)),
-        second_per_grid_ts=torch.tensor(intervals),
+        second_per_grid_ts=torch.ones(len(intervals)),  # the processor tells no seconds
     )
     return positions[:, :, :n], positions[0, :, n]
 

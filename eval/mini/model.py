@@ -11,8 +11,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
 )
 
@@ -79,8 +79,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> Qwen2_5_VLProcessor:
-    """The processor of the mini model; one frame is one step in time."""
+def build_processor() -> Qwen2VLProcessor:
+    """The processor of the mini model; one frame is one step in time.
+
+    It is Qwen2-VL's, which tells the model no seconds between frames: temporal positions count
+    frames, so that "the frame before" is one step back whatever the sampling, and order can be
+    learnt by a model this small.
+    """
     settings = {
         "size": dict(PIXELS),
         "patch_size": PATCH,
@@ -89,7 +94,7 @@ def build_processor() -> Qwen2_5_VLProcessor:
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     }
-    return Qwen2_5_VLProcessor(
+    return Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(**settings),
         tokenizer=build_tokenizer(),
         video_processor=Qwen2VLVideoProcessor(**settings, cap_pixels_per_frame=False),

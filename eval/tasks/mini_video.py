@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import BatchFeature, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers import BatchFeature, Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor
 from transformers.video_utils import VideoMetadata
 
 from tokenprune.eval.mini.language import draw_interval
@@ -77,7 +77,7 @@ def _video_questions(frames: int, seed: int, video: int, split: Split) -> list[V
     return [VideoQuestion(planes, interval, q.text, q.answer, q.kind, video) for q in drawn if q]
 
 
-def encode(processor: Qwen2_5_VLProcessor, sample: VideoQuestion) -> BatchFeature:
+def encode(processor: Qwen2VLProcessor, sample: VideoQuestion) -> BatchFeature:
     """The model's inputs for a sample, through the processor and its chat template."""
     content = [{"type": "video"}, {"type": "text", "text": sample.question}]
     text = processor.apply_chat_template(
@@ -100,7 +100,7 @@ def encode(processor: Qwen2_5_VLProcessor, sample: VideoQuestion) -> BatchFeatur
 
 def answer(
     model: Qwen2_5_VLForConditionalGeneration,
-    processor: Qwen2_5_VLProcessor,
+    processor: Qwen2VLProcessor,
     sample: VideoQuestion,
 ) -> str:
     """The model's answer with nothing pruned."""
