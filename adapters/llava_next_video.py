@@ -24,22 +24,27 @@ class LlavaNextVideo(LlavaNext):
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
         if call.modality == "image":
             return super().items(call, prompt)
-        clips, frames = call.arguments["pixel_values_videos"].shape[:2]
+        clips, frames = self._clips(call).shape[:2]
         side = self._pooled_side()
         return [Item.grid(frames, side, side, video=True) for _ in range(clips)]
 
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
         if call.modality == "image":
             return super().align(call, maps)
-        clips = call.arguments["pixel_values_videos"].shape[0]
         pooled = self._pool(torch.stack(maps))  # [clips * frames, tokens]
-        return list(pooled.reshape(clips, -1))
+        return list(pooled.reshape(len(self._clips(call)), -1))
 
     def _pictures(self, call: MediaCall) -> Tensor:
         if call.modality == "image":
             return super()._pictures(call)
-        pixels: Tensor = call.arguments["pixel_values_videos"]
-        return pixels.flatten(0, 1)
+        return self._clips(call).flatten(0, 1)
+
+    def _clips(self, call: MediaCall) -> Tensor:
+        """Pixels of the clips: `[clips, frames, 3, height, width]`."""
+        # Releases of transformers differ in the name.
+        names = [name for name in ("pixel_values_videos", "pixel_values") if name in call.arguments]
+        pixels: Tensor = call.arguments[names[0]]
+        return pixels
 
     def _pooled_side(self) -> int:
         """Tokens along a side of a frame."""

@@ -151,7 +151,7 @@ def _tiny(name: str, architecture: Any, config: Any, attention: str, make: Maker
                     parameter.normal_(std=parameter.shape[-1] ** -0.5)
                 elif parameter.ndim > 2:
                     parameter.normal_(std=0.05)
-            newline = getattr(model.model, "image_newline", None)
+            newline = getattr(getattr(model, "model", None), "image_newline", None)
             if newline is not None:
                 newline.normal_(std=0.1)
     finally:
