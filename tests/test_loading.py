@@ -203,6 +203,18 @@ def test_what_is_cropped_later_is_decoded(loaded, files):
     assert media.frames.shape == (2, 3, 56, 96)
 
 
+def test_what_is_cropped_is_not_visible(loaded, files):
+    frames = torch.arange(160, dtype=torch.uint8).expand(1, 3, 90, 160)
+    for name, columns in (("llava", range(35, 125)), ("llava_next", range(160))):
+        seen = loaded(name).visible(Media(frames))
+        assert seen[0, 0, 0].tolist() == list(columns)
+        assert seen.shape[2] == 90
+    one = loaded("llava_next_video")
+    media = read_media(files.video, one, frames=2)
+    assert media.frames.shape[3] == 96 and one.visible(media).shape == (2, 3, 56, 56)
+    assert loaded("qwen2_vl").visible(media) is media.frames
+
+
 def test_sixty_four_frames_unless_told(loaded, files):
     assert len(read_media(files.video, loaded("qwen2_vl")).frames) == 30  # all there are
     assert len(read_media(files.video, loaded("qwen2_vl"), fps=5).frames) == 5

@@ -32,7 +32,7 @@ class Answer:
         recipe: The recipe, as text.
         model: Name of the model.
         report: The full report.
-        pictures: `[F, 3, H, W]` uint8, the frames.
+        pictures: `[F, 3, H, W]` uint8, the frames as far as the model saw them, for an overlay.
     """
 
     answer: str
@@ -141,7 +141,7 @@ def answer(
         recipe=str(recipe),
         model=loaded.name,
         report=report,
-        pictures=media.frames,
+        pictures=loaded.visible(media),
     )
 
 

@@ -83,11 +83,13 @@ def ask(
         if overlay is not None and not len(media.frames):
             raise MediaError(f"an overlay needs frames, but {str(file)!r} was only heard")
         progress.set_description("answering")
+        if compare:  # seconds are compared after a warm-up
+            answer(loaded, media, question, chosen, min(2, max_new_tokens))
         found = [answer(loaded, media, question, chosen, max_new_tokens)]
         if compare:
             found.append(answer(loaded, media, question, Recipe(), max_new_tokens))
     if overlay is not None:
-        save_picture(found[0].report.overlay(media.frames), overlay)
+        save_picture(found[0].report.overlay(found[0].pictures), overlay)
     if as_json:
         output = found[0].as_dict()
         if compare:

@@ -91,6 +91,34 @@ class LoadedModel:
             for name, value in inputs.items()
         }
 
+    def _watches(self, media: Media) -> bool:
+        """Whether the media are a video to the processor, not several images."""
+        return media.video is not None and bool(getattr(self.processor, "video_processor", None))
+
+    def visible(self, media: Media) -> Tensor:
+        """The frames without what the processor crops away, as an overlay needs them.
+
+        Returns:
+            `[F, 3, H, W]` uint8.
+        """
+        name = "video_processor" if self._watches(media) else "image_processor"
+        part = getattr(self.processor, name, None)
+        size, crop = getattr(part, "size", None), getattr(part, "crop_size", None)
+        # A tiling processor shows the model all of an image, squeezed into a square.
+        if not getattr(part, "do_center_crop", None) or hasattr(part, "image_grid_pinpoints"):
+            return media.frames
+        edge = size.get("shortest_edge") if size else None
+        if not edge or not crop:
+            return media.frames
+        height, width = media.frames.shape[-2:]
+        scale = min(height, width) / edge
+        rows, columns = (
+            min(height, round(crop["height"] * scale)),
+            min(width, round(crop["width"] * scale)),
+        )
+        top, left = (height - rows) // 2, (width - columns) // 2
+        return media.frames[..., top : top + rows, left : left + columns]
+
     def _media_arguments(self, media: Media) -> tuple[dict[str, Any], list[dict[str, str]]]:
         """What the processor is called with, and the chat's parts."""
         if media.audio is not None:
@@ -98,7 +126,7 @@ class LoadedModel:
             sounds = [one.numpy() for one in self._sounds(media.audio)]
             arguments = {"audio": sounds, "sampling_rate": SAMPLING_RATE}
             return arguments, [{"type": "audio"}] * len(sounds)
-        if media.video is not None and getattr(self.processor, "video_processor", None) is not None:
+        if media.video is not None and self._watches(media):
             metadata = media.video.hf_metadata()
             arguments = {
                 "videos": [_whole_patches(self.processor, media.frames)],
