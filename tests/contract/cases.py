@@ -6,6 +6,7 @@ nothing but its tiny model.
 
 from __future__ import annotations
 
+import random
 import re
 from typing import Any
 
@@ -123,6 +124,36 @@ def uses(recipes: list[str] | None = None, names: tuple[str, ...] = THREE) -> li
     short = [(name, text) for name in names for text in recipes]
     rest = [(name, text) for name in NAMES for text in [*recipes, *ONE_PER_SITE, *COMBINED]]
     return _parameters(short, rest, False)
+
+
+def drawn(seed: int) -> tuple[str, str, str, str]:
+    """A recipe of one to four steps made up by chance, and what to run it on.
+
+    Returns:
+        Family, recipe, kind of prompt and attention implementation.
+    """
+    draw = random.Random(seed)
+    name = draw.choice(NAMES)
+    steps: list[str] = []
+    for _ in range(draw.randint(1, 4)):
+        keep, rate = draw.choice(["0.1", "0.3", "0.5", "0.8", "1.0"]), draw.choice(["0.1", "0.6"])
+        at = draw.choice(["input", "cache", "0", "1", "2", "4"])
+        per = draw.choice(["prompt", "item", "frame", "second"])
+        step = draw.choice(
+            [
+                f"random(keep={keep} at={at} per={per} seed={draw.randint(0, 99)})",
+                f"uniform(keep={keep} at={at} per={per})",
+                f"random(keep=3 at={at})",
+                f"vflowopt(keep={rate} recycled=0.5)",
+                f"plphp(keep={rate} layers={draw.choice(['none', '1/4'])})",
+            ]
+        )
+        # A recipe reads the encoder once.
+        again = step.startswith("vflowopt") and any(one.startswith("vflowopt") for one in steps)
+        if not again and refusal(step, name) is None:
+            steps.append(step)
+    kind, attention = draw.choice(["alone", "batch"]), draw.choice(["sdpa", "eager"])
+    return name, " + ".join(steps) or "none", kind, attention
 
 
 def _parameters(

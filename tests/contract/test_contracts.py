@@ -24,6 +24,7 @@ from tests.contract.cases import (
     REFUSALS,
     SEPARATORS,
     THREE,
+    drawn,
     keep_all,
     methods_of,
     product,
@@ -469,6 +470,24 @@ def test_a_second_turn_matches_the_oracle(name: str, recipe: str, kind: str) -> 
     with prune(one.model, recipe) as report:
         output, length = second_turn(one, inputs)
     assert output.past_key_values.get_seq_length() == output.sequences.shape[1] - 1
+    read = output.sequences[:, :-1]
+    replay = replay_of(one, recipe, report.calls, *read.shape)
+    expected = dense_logits(one.model, inputs, read, replay, log.whole())
+    assert_close(logits_of(output), expected[:, length - 1 :])
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [pytest.param(n, marks=() if n < 20 else (pytest.mark.full,)) for n in range(120)],
+)
+def test_two_turns_under_a_recipe_made_up_by_chance(seed: int) -> None:
+    name, recipe, kind, attention = drawn(seed)
+    one = model_of(name, attention)
+    inputs = prompt_of(one, kind)
+    with positions_logged(one.model.get_decoder()) as log:
+        second_turn(one, inputs)
+    with prune(one.model, recipe) as report:
+        output, length = second_turn(one, inputs)
     read = output.sequences[:, :-1]
     replay = replay_of(one, recipe, report.calls, *read.shape)
     expected = dense_logits(one.model, inputs, read, replay, log.whole())
