@@ -107,6 +107,7 @@ class Patch:
         self._media: list[MediaCall] = []
         self._used: set[Modality] = set()
         self._encoding: MediaCall | None = None
+        self._pixels: tuple[MediaCall, list[Tensor]] | None = None
         self._prompt: dict[str, Any] = {}
         self._reset()
 
@@ -237,7 +238,7 @@ class Patch:
                 try:
                     result = encode(*args, **kwargs)
                 finally:
-                    self._encoding = None
+                    self._encoding = self._pixels = None
                 if modality in self._used:  # a new prompt; others may have been encoded ahead
                     self._media = [old for old in self._media if old.modality != modality]
                     self._used.discard(modality)
@@ -263,14 +264,16 @@ class Patch:
                     maps.extend(stage.importance(view, grey).unbind())
 
     def _grey(self, call: MediaCall, first: int, views: int) -> Tensor:
-        patches = self.adapter.grey(call)
-        if patches is None:
-            kind = self.adapter.config.model_type
-            raise RecipeError(
-                f"{kind} does not give the pixels below its tokens; set the weight of the "
-                "entropy to 0"
-            )
-        return torch.stack(patches[first : first + views])
+        if self._pixels is None or self._pixels[0] is not call:  # once a call, not once a view
+            patches = self.adapter.grey(call)
+            if patches is None:
+                kind = self.adapter.config.model_type
+                raise RecipeError(
+                    f"{kind} does not give the pixels below its tokens; set the weight of the "
+                    "entropy to 0"
+                )
+            self._pixels = call, patches
+        return torch.stack(self._pixels[1][first : first + views])
 
     # -- the language model: logical view in
 

@@ -1,8 +1,9 @@
-"""Train the mini video model: `python -m tokenprune.eval.mini.train all`.
+"""Train the mini video model: `python -m tokenprune.eval.mini.train tower`, and so on.
 
-Three stages, each of which can be run alone and goes on from its checkpoint in the run folder:
-`tower` (per-token targets), `language` (a curriculum on a bank of frame features) and `joint`
-(tower and language model together on rendered videos). `export` writes the shipped folder.
+Three stages, each of which goes on from its checkpoint in the run folder: `tower` (per-token
+targets), `language` (a curriculum on a bank of frame features) and `joint` (tower and language
+model together on rendered videos). `export` writes the shipped folder; `--start` goes on from it
+where the run folder is empty.
 """
 
 from __future__ import annotations
@@ -29,11 +30,20 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 Run = Annotated[Path, typer.Option(help="Folder of checkpoints.")]
 Seed = Annotated[int, typer.Option(help="Seed of the initial weights and of the videos.")]
+Threads = Annotated[int, typer.Option(help="Processor threads.")]
+Start = Annotated[
+    Path | None, typer.Option(help="Exported folder to begin with, if the run folder is empty.")
+]
 
 
-def training_model(run: Path, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+def training_model(
+    run: Path, seed: int, start: Path | None = None
+) -> Qwen2_5_VLForConditionalGeneration:
     """The model with whatever the run folder has learned so far, attention set for training."""
     model = build_model(seed)
+    if start is not None:
+        learned = Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+        model.load_state_dict(learned.state_dict())
     model.model.visual.config._attn_implementation = "mini_by_frame"
     model.model.language_model.config._attn_implementation = "mini_by_question"
     for name in ("tower", "language", "joint"):  # later stages hold what earlier ones learned
@@ -46,9 +56,9 @@ def training_model(run: Path, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     return model
 
 
-def set_up(run: Path) -> None:
-    """One thread, logging, and the run folder."""
-    torch.set_num_threads(1)
+def set_up(run: Path, threads: int = 1) -> None:
+    """Threads, logging, and the run folder."""
+    torch.set_num_threads(threads)
     run.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
@@ -63,17 +73,20 @@ def tower(run: Run = Path("runs/mini"), minutes: float = 12.5, seed: Seed = 0) -
     train_tower(model.model.visual, minutes=minutes, seed=seed, checkpoint=run / "tower.pt")
 
 
-def load_bank(run: Path, model: Qwen2_5_VLForConditionalGeneration, seed: int) -> Bank:
-    """The bank of the run folder, built on first use; the tower is balanced for it."""
+def load_bank(
+    run: Path, model: Qwen2_5_VLForConditionalGeneration, seed: int, balanced: bool = False
+) -> Bank:
+    """The bank of the run folder, built on first use; a fresh tower is balanced for it."""
     path = run / "bank.pt"
     if not path.exists():
         bank = build_bank(model.model.visual, stream("train", 3, seed))
-        change = balancing(bank)
-        bank.data = (bank.data.float() @ change.T).half()
-        last = model.model.visual.merger.mlp[2]
-        with torch.no_grad():
-            last.weight.copy_(change @ last.weight)
-            last.bias.copy_(change @ last.bias)
+        if not balanced:
+            change = balancing(bank)
+            bank.data = (bank.data.float() @ change.T).half()
+            last = model.model.visual.merger.mlp[2]
+            with torch.no_grad():
+                last.weight.copy_(change @ last.weight)
+                last.bias.copy_(change @ last.bias)
         torch.save({"visual": model.model.visual.state_dict()}, run / "tower.pt")
         things = [[(t.shape, t.color) for t in shown] for shown in bank.things]
         torch.save({"data": bank.data, "things": things}, path)
@@ -82,13 +95,20 @@ def load_bank(run: Path, model: Qwen2_5_VLForConditionalGeneration, seed: int) -
 
 
 @app.command()
-def language(run: Run = Path("runs/mini"), minutes: float = 95, seed: Seed = 0) -> None:
+def language(
+    run: Run = Path("runs/mini"),
+    minutes: float = 95,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    start: Start = None,
+) -> None:
     """Train the language model on the bank, short videos first."""
-    set_up(run)
-    model = training_model(run, seed)
-    bank = load_bank(run, model, seed)
+    set_up(run, threads)
+    model = training_model(run, seed, start)
+    bank = load_bank(run, model, seed, balanced=start is not None)
     tokenizer = build_processor().tokenizer
-    align_words(model, tokenizer, bank)  # a checkpoint overwrites it
+    if start is None:
+        align_words(model, tokenizer, bank)  # a checkpoint overwrites it
     train_language(
         model,
         tokenizer,
@@ -117,10 +137,16 @@ class Rendered:
 
 
 @app.command()
-def joint(run: Run = Path("runs/mini"), minutes: float = 20, seed: Seed = 0) -> None:
+def joint(
+    run: Run = Path("runs/mini"),
+    minutes: float = 20,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    start: Start = None,
+) -> None:
     """Train tower and language model together on rendered videos."""
-    set_up(run)
-    model = training_model(run, seed)
+    set_up(run, threads)
+    model = training_model(run, seed, start)
     train_language(
         model,
         build_processor().tokenizer,
