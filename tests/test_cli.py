@@ -8,6 +8,7 @@ import os
 import pytest
 from PIL import Image
 
+from tokenprune.media import probe
 from tokenprune.models import built_in_models
 from tokenprune.stage import list_methods
 
@@ -77,6 +78,16 @@ def test_list(command):
     assert {"llava", "qwen2_5_omni_thinker"} <= set(found["models"])
     assert found["built_in"] == list(built_in_models())
     assert all(name in text for name in [*found["methods"], *found["models"]])
+
+
+def test_sample(command, tmp_path):
+    ran = command("sample", tmp_path / "a.mp4", "--seconds", 4, "--seed", 3)
+    questions = json.loads((tmp_path / "a.json").read_text())
+
+    assert ran.code == 0
+    assert f"a.mp4: 4 seconds, {len(questions)} questions in" in ran.out
+    assert all(set(one) == {"question", "answer", "kind"} for one in questions) and questions
+    assert probe(tmp_path / "a.mp4").duration_seconds == pytest.approx(4, abs=0.2)
 
 
 def test_eval(command, tmp_path):
@@ -179,6 +190,15 @@ def test_an_unreadable_file_fails(command, model, files, tmp_path):
 
     assert ran.code == 2
     assert "Permission denied" in ran.error
+
+
+def test_a_video_without_a_decoder_fails(command, model, tmp_path):
+    frames = [Image.new("RGB", (64, 48), (40 * n, 0, 0)) for n in range(3)]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
+    ran = command("ask", tmp_path / "a.webp", "what?", *model, "--max-new-tokens", 1)
+
+    # Releases of FFmpeg differ in whether they know animated WebP.
+    assert ran.code == 0 or "a.webp" in ran.error
 
 
 def test_a_damaged_image_fails(command, model, files, tmp_path):

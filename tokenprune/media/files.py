@@ -19,7 +19,9 @@ def open_media(path: str | os.PathLike[str]) -> Iterator[Any]:
     try:
         container = av.open(name, metadata_errors="replace")
     except (av.error.FFmpegError, OSError) as error:
-        raise DecodeError(f"cannot read {name!r} as media: {error.strerror}") from error
+        raise DecodeError(
+            f"cannot read {name!r} as media: {error.strerror}; give a video, an image or a sound"
+        ) from error
     try:
         if container.format.name == "tty":  # FFmpeg renders plain text as a video
             raise DecodeError(f"{name!r} is a text file; give a media file")
@@ -55,7 +57,9 @@ def video_stream(container: Any) -> Any:
         if stream.disposition & av.stream.Disposition.attached_pic:
             covers += 1
         elif stream.codec_context is None:
-            raise DecodeError(f"{container.name!r}: no decoder for its video stream")
+            raise DecodeError(
+                f"{container.name!r}: no decoder for its video stream; convert it, to H.264 say"
+            )
         else:
             return stream
     what = "only a cover picture" if covers else "only sound" if container.streams.audio else "none"

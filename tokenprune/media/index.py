@@ -119,7 +119,12 @@ def index_video(path: str | os.PathLike[str]) -> PacketIndex:
         scan.run(container)
         if not scan.shown:
             raise DecodeError(f"{container.name!r} has a video stream but no frames in it")
-        return _build(container, stream, scan)
+        index = _build(container, stream, scan)
+    if not index.info.width or not index.info.height:
+        raise DecodeError(
+            f"{index.info.path!r}: no picture of its video can be decoded; convert it, to H.264 say"
+        )
+    return index
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
