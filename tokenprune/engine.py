@@ -300,16 +300,15 @@ class Patch:
         self._reset()
         self._cache = kwargs.get("past_key_values")
         cached = self._cache is not None
-        if not cached and (self.stages or self._compact) and kwargs.get("attention_mask") is None:
-            # Without cache and mask transformers takes gaps in positions for packed sequences.
-            rows = kwargs.get("inputs_embeds", kwargs.get("input_ids"))
-            kwargs["attention_mask"] = rows.new_ones(rows.shape[:2], dtype=torch.int64)
         self._clock = adopt(self._cache, self.shape.layers) if cached else Clock()
         hidden = kwargs.get("inputs_embeds")
         if hidden is None:
             hidden = module.get_input_embeddings()(kwargs.pop("input_ids"))  # type: ignore[operator]
             kwargs["inputs_embeds"] = hidden
         batch, length = hidden.shape[:2]
+        if not cached and (self.stages or self._compact) and kwargs.get("attention_mask") is None:
+            # Without cache and mask transformers takes gaps in positions for packed sequences.
+            kwargs["attention_mask"] = hidden.new_ones(batch, length, dtype=torch.int64)
         self._flight = Flight(batch, self._clock.end, length, hidden.device)
         self._clock.end += length
         self._set_rows()
@@ -620,7 +619,7 @@ class _Sites:
 
 def _absorb_(features: Tensor, source: Tensor, target: Tensor, weight: Tensor) -> None:
     """Replace the rows `target` of `features [S, D]` by weighted sums of the rows `source`."""
-    rows, place = torch.unique(target, return_inverse=True)  # type: ignore[no-untyped-call]
+    rows, place = torch.unique(target, return_inverse=True)
     sums = torch.zeros(len(rows), features.shape[1], device=features.device)
     sums.index_add_(0, place, features[source].float() * weight[:, None].float())
     features.index_copy_(0, rows, sums.to(features.dtype))
