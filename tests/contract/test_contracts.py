@@ -728,6 +728,8 @@ def repeated(inputs: dict[str, Any], times: int) -> dict[str, Any]:
     """A long prompt: the same one several times over, with as many media."""
     return {
         key: torch.cat([value] * times, dim=1 if key in OF_TEXT else 0)
+        if isinstance(value, Tensor)
+        else value
         for key, value in inputs.items()
     }
 
