@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import torch
 import typer
@@ -41,7 +41,7 @@ TEXT = 32
 DECODED = 16
 VIDEO_TOKEN = 151647
 
-Model = LlavaOnevisionForConditionalGeneration
+Model: TypeAlias = LlavaOnevisionForConditionalGeneration
 
 
 def build(vision_layers: int) -> Model:
@@ -192,7 +192,8 @@ def flops(model: Model, layers: list[int]) -> float:
     layer = model.get_decoder().layers[0]
     weights = sum(p.numel() for p in layer.parameters() if p.ndim == 2)
     head = text.vocab_size * text.hidden_size
-    return sum(2.0 * weights * s + 2.0 * s * s * text.hidden_size for s in layers) + 2.0 * head
+    whole = sum(2.0 * weights * s + 2.0 * s * s * text.hidden_size for s in layers)
+    return float(whole + 2.0 * head)
 
 
 def predicted(model: Model, report: Any) -> float:

@@ -199,7 +199,7 @@ def train_language(
                 extra = heads.loss(hidden, batch) * (part / videos)
                 share = share + 0.3 * extra
                 aside += extra.item()
-            share.backward()
+            share.backward()  # type: ignore[no-untyped-call]
         progress.step += 1
         optimizers.step(learning_rate(progress.step, progress.seconds / (60 * minutes), peak))
         heads_optimizer.step()

@@ -100,8 +100,15 @@ AttentionMaskInterface.register("mini_by_question", lambda *_, **__: None)
 class FrameSource(Protocol):
     """Turns a story into the features of its sampled frames."""
 
-    pairs: Sequence[tuple[Thing, Thing]] | None
-    nothing: Tensor | None  # [D] feature of a token that shows no thing
+    @property
+    def pairs(self) -> Sequence[tuple[Thing, Thing]] | None:
+        """The only two-thing scenes it has; None for any."""
+        ...
+
+    @property
+    def nothing(self) -> Tensor | None:
+        """Feature `[D]` of a token that shows no thing."""
+        ...
 
     def features(self, rng: np.random.Generator, story: Story, frames: int, phase: float) -> Tensor:
         """Features `[F, 18, D]` of frames at `(i + phase)` intervals."""
@@ -166,7 +173,8 @@ def build_bank(
             soft = rng.uniform(0.7, 1.5)
             frames, _ = render(rng, looks, np.tile(progress, len(part)), FRAME_SIZE, soft=soft)
             features = encode_frames(visual, frames)
-            data.append(features.unflatten(0, (len(part), BANK_STEPS)).half())
+            by_clip: Tensor = features.unflatten(0, (len(part), BANK_STEPS))  # type: ignore[no-untyped-call]
+            data.append(by_clip.half())
     return Bank(torch.cat(data), things)
 
 
@@ -201,7 +209,8 @@ def balancing(bank: Bank) -> Tensor:
     spread, axes = spread[-classes:], axes[:, -classes:]
     scale = (TARGET_SPREAD / spread).sqrt().clamp(0.2, 3.5)
     within = axes @ axes.T
-    return axes @ torch.diag(scale) @ axes.T + 0.7 * (torch.eye(len(within)) - within)
+    matrix: Tensor = axes @ torch.diag(scale) @ axes.T + 0.7 * (torch.eye(len(within)) - within)
+    return matrix
 
 
 def align_words(
@@ -227,7 +236,7 @@ def align_words(
             _align_layer(layer.self_attn, *axes)
 
 
-def _align_layer(attention: nn.Module, shapes: Tensor, colors: Tensor) -> None:
+def _align_layer(attention: Any, shapes: Tensor, colors: Tensor) -> None:
     size = attention.head_dim
     still = torch.cat([torch.arange(size // 4, size // 2), torch.arange(3 * size // 4, size)])
     query, key, value = (
@@ -296,7 +305,8 @@ class ContextHeads(nn.Module):
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         total = torch.zeros(())
-        for part, target in zip(logits.split(self.classes, -1), targets.unbind(-1), strict=True):
+        parts: Sequence[Tensor] = logits.split(self.classes, -1)  # type: ignore[no-untyped-call]
+        for part, target in zip(parts, targets.unbind(-1), strict=True):
             asked = (target >= 0).sum().clamp(min=1)  # of a one-scene video, nothing
             each = F.cross_entropy(part.flatten(0, 1), target.flatten(), reduction="sum")
             total = total + each / asked
@@ -412,8 +422,8 @@ def _assemble(
         for question, start, _ in span:
             if question.kind in ("after", "before"):
                 color, shape = question.answer.split()
-                answer = (SHAPES.index(shape), COLORS.index(color))
-                order[row, start - 2 : start + 1, :2] = torch.tensor(answer)
+                classes = (SHAPES.index(shape), COLORS.index(color))
+                order[row, start - 2 : start + 1, :2] = torch.tensor(classes)
     return Batch(
         torch.stack(features),
         padded(0, 0).long(),

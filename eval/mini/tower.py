@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from tokenprune.eval.mini.model import FRAME_SIZE, FRAME_TOKENS, MERGE, PATCH
 from tokenprune.eval.mini.world import (
@@ -48,7 +48,8 @@ def _attention_by_frame(
     """
 
     def fold(x: Tensor) -> Tensor:  # [1, heads, frames * patches, d] -> [frames, heads, patches, d]
-        return x[0].unflatten(1, (-1, FRAME_PATCHES)).transpose(0, 1)
+        by_frame: Tensor = x[0].unflatten(1, (-1, FRAME_PATCHES))  # type: ignore[no-untyped-call]
+        return by_frame.transpose(0, 1)
 
     # Written out: on these short rows the fused kernel's backward pass is ten times slower.
     scale: float = query.shape[-1] ** -0.5
@@ -116,7 +117,7 @@ def draw_things(rng: np.random.Generator, n: int) -> list[tuple[Thing, ...]]:
 
 
 def train_tower(
-    visual: nn.Module, *, minutes: float, seed: int, checkpoint: Path, batch: int = 64
+    visual: PreTrainedModel, *, minutes: float, seed: int, checkpoint: Path, batch: int = 64
 ) -> None:
     """Train the tower for `minutes`, or go on from `checkpoint`; fold the feature scale in."""
     width = visual.config.out_hidden_size
@@ -139,7 +140,7 @@ def train_tower(
         loss = F.cross_entropy(shapes.flatten(0, 1), shape.flatten(), ignore_index=-100)
         loss = loss + F.cross_entropy(colors.flatten(0, 1), color.flatten(), ignore_index=-100)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 100 == 0:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,7 @@ __all__ = [
     "stream",
 ]
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]  # float32 in pictures, float64 where they are made up
 Ints = NDArray[np.int64]
 Split = Literal["train", "held-out", "tune", "sample"]
 
@@ -80,7 +80,7 @@ def _square(x: Array, y: Array) -> Array:
 
 
 def _triangle(x: Array, y: Array) -> Array:
-    return np.minimum(0.65 - y, 0.5 + 0.5 * y - 0.87 * abs(x))
+    return np.asarray(np.minimum(0.65 - y, 0.5 + 0.5 * y - 0.87 * abs(x)))
 
 
 def _diamond(x: Array, y: Array) -> Array:
@@ -95,7 +95,7 @@ def _star(x: Array, y: Array) -> Array:
 
 def _cross(x: Array, y: Array) -> Array:
     x, y = abs(x), abs(y)
-    return np.maximum(np.minimum(0.3 - x, 1 - y), np.minimum(0.3 - y, 1 - x))
+    return np.asarray(np.maximum(np.minimum(0.3 - x, 1 - y), np.minimum(0.3 - y, 1 - x)))
 
 
 def _ring(x: Array, y: Array) -> Array:
@@ -105,25 +105,25 @@ def _ring(x: Array, y: Array) -> Array:
 def _heart(x: Array, y: Array) -> Array:
     lobe = 0.56 - np.hypot(abs(x) - 0.42, y + 0.35)
     tip = np.minimum(0.93 - abs(x) * 1.05 - y, y + 0.4) * 0.7
-    return np.maximum(lobe, tip)
+    return np.asarray(np.maximum(lobe, tip))
 
 
 def _moon(x: Array, y: Array) -> Array:
-    return np.minimum(1 - np.hypot(x, y), np.hypot(x - 0.55, y + 0.1) - 0.82)
+    return np.asarray(np.minimum(1 - np.hypot(x, y), np.hypot(x - 0.55, y + 0.1) - 0.82))
 
 
 def _arrow(x: Array, y: Array) -> Array:
     shaft = np.minimum(0.24 - abs(y), np.minimum(x + 1, 0.3 - x))
     head = np.minimum(x + 0.05, ((1 - x) * 0.85 - abs(y)) * 0.75)
-    return np.maximum(shaft, head)
+    return np.asarray(np.maximum(shaft, head))
 
 
 def _bar(x: Array, y: Array) -> Array:
-    return np.minimum(0.3 - abs(y), 1.1 - abs(x))
+    return np.asarray(np.minimum(0.3 - abs(y), 1.1 - abs(x)))
 
 
 def _hourglass(x: Array, y: Array) -> Array:
-    return np.minimum((abs(y) * 0.95 + 0.08 - abs(x)) * 0.7, 0.95 - abs(y))
+    return np.asarray(np.minimum((abs(y) * 0.95 + 0.08 - abs(x)) * 0.7, 0.95 - abs(y)))
 
 
 _FIELDS: dict[str, Callable[[Array, Array], Array]] = {
@@ -268,7 +268,7 @@ def _draw_things(
                 two = rng.choice(len(SHAPES), 2, replace=False, p=weights)
                 shown = tuple(Thing(int(s), int(rng.integers(len(COLORS)))) for s in two)
             else:
-                shown = pairs[rng.integers(len(pairs))]
+                shown = pairs[int(rng.integers(len(pairs)))]
         else:
             shape = int(rng.choice(len(SHAPES), p=weights))
             shown = (Thing(shape, int(rng.integers(len(COLORS)))),)
@@ -527,7 +527,7 @@ def render(
     size: tuple[int, int],
     *,
     soft: float = 1.0,
-) -> tuple[NDArray[np.uint8], Array]:
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Render frame i of `clips[i]` at `progress[i]` in [0, 1].
 
     Args:

@@ -38,7 +38,7 @@ class VideoQuestion:
     @property
     def timestamps(self) -> NDArray[np.float64]:
         """Time of each frame in seconds from the first, `[F]`."""
-        return np.arange(len(self.frames)) * self.seconds_per_frame
+        return np.asarray(np.arange(len(self.frames)) * self.seconds_per_frame, np.float64)
 
 
 def samples(
