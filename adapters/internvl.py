@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +31,12 @@ class InternVL(Adapter):
         side = self._side(call)
         pixels = call.arguments["pixel_values"]
         tiles = self._tiles(len(pixels), side**2, prompt.get("input_ids"))
-        return [Item.grid(count, side, side, video=False) for count in tiles]
+        images = [Item.grid(count, side, side, video=False) for count in tiles]
+        # The thumbnail comes last; canvas 0 is the one that shows the whole picture.
+        return [
+            replace(one, canvas=(one.canvas + 1) % count)
+            for one, count in zip(images, tiles, strict=True)
+        ]
 
     def tower(self, modality: Modality) -> Tower | None:
         tower: Any = self.base_model.vision_tower

@@ -40,7 +40,8 @@ def test_recipe_text_round_trips(recipe: Recipe) -> None:
 def test_recipe_takes_a_bare_name(name: str) -> None:
     recipe = Recipe.parse(name)
     assert recipe.methods == (find_method(name)(),)
-    assert str(recipe) == name
+    method = find_method(name)()
+    assert str(recipe) == f"{name}(keep={method.keep})"  # type: ignore[attr-defined]
     assert recipe.stages(SHAPE)
 
 
@@ -59,10 +60,10 @@ def test_every_setting_of_a_method_has_a_text(name: str) -> None:
     [
         ("none", "none"),
         ("  ", "none"),
-        ("Random( keep=0.5   at=cache )", "random(at=cache)"),
-        ("random()+uniform(keep=3)", "random + uniform(keep=3)"),
+        ("Random( keep=0.5   at=cache )", "random(keep=0.5 at=cache)"),
+        ("random()+uniform(keep=3)", "random(keep=0.5) + uniform(keep=3)"),
         ("random(seed=1e+1)", None),
-        ("plphp(layers=1/2/)", "plphp(layers=1/2)"),
+        ("plphp(layers=1/2/)", "plphp(keep=0.4 layers=1/2)"),
         ("VFLOWOPT(keep=.2)", "vflowopt(keep=0.2)"),
     ],
 )
@@ -76,7 +77,9 @@ def test_recipe_parse(text: str, plain: str | None) -> None:
 
 def test_recipe_joins_methods_recipes_and_texts() -> None:
     recipe = Recipe(Random(), "uniform + plphp", Recipe(Uniform(at=1)))
-    assert str(recipe) == "random + uniform + plphp + uniform(at=1)"
+    assert str(recipe) == (
+        "random(keep=0.5) + uniform(keep=0.5) + plphp(keep=0.4) + uniform(keep=0.5 at=1)"
+    )
 
 
 def test_recipe_stages_show_the_parts_in_order() -> None:

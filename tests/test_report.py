@@ -174,7 +174,7 @@ def test_the_report_as_text():
         tiny.model.generate(**tiny.inputs(), max_new_tokens=3, suppress_tokens=tiny.suppress)
     lines = str(report).splitlines()
 
-    assert lines[0] == "recipe        random(keep=0.25) + random(at=3)"
+    assert lines[0] == "recipe        random(keep=0.25) + random(keep=0.5 at=3)"
     assert lines[1] == "media tokens  32 -> 6  (input 8, layer 3 4)"
     assert lines[2].startswith("KV cache      0.") and lines[2].endswith(" MiB")
     assert [word.split()[0] for word in lines[3][14:].split(", ")] == [

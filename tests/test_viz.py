@@ -86,8 +86,8 @@ def test_many_frames_are_thinned_out_and_shrunk():
 def test_small_pictures_are_enlarged_without_blur():
     picture = overlay(grid(2, 2), torch.tensor([1.0, 0.0, 1.0, 1.0]), white(1, 20, 32))
 
-    assert picture.size == (160, 100)
-    light = centers(picture, 2, 2, height=100)
+    assert picture.size == (192, 120)
+    light = centers(picture, 2, 2, height=120)
     assert light[0, 1] < 0.2 and light.flatten()[[0, 2, 3]].min() > 0.98
 
 

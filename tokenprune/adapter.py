@@ -42,7 +42,8 @@ class Item:
 
     Attributes:
         real: `[P]` bool: whether a placeholder stands for a patch (False: a newline token).
-        canvas: `[N]` int64 for the `N` real ones: which canvas of the item, from 0.
+        canvas: `[N]` int64 for the `N` real ones: which canvas of the item, from 0; of several
+            canvases of an image, 0 shows all of it.
         frame: `[N]` int64, -1 for images.
         row: `[N]` int64, -1 for audio.
         column: `[N]` int64.

@@ -168,18 +168,14 @@ class Patch:
             _shadow(stack, self.adapter.base_model, name, self._watch_encoder(modality))
         if hasattr(self.model, "prepare_inputs_for_generation"):
             _shadow(stack, self.model, "prepare_inputs_for_generation", self._refuse_early)
-        hooks = [
-            self.adapter.base_model.register_forward_pre_hook(self._on_prompt, with_kwargs=True),
-            self._lm.register_forward_pre_hook(self._before_lm, with_kwargs=True),
-            self._lm.register_forward_hook(self._after_lm, always_call=True),
-        ]
+        before, after = "register_forward_pre_hook", "register_forward_hook"
+        _hook(stack, self.adapter.base_model, before, self._on_prompt, with_kwargs=True)
+        _hook(stack, self._lm, before, self._before_lm, with_kwargs=True)
+        _hook(stack, self._lm, after, self._after_lm, always_call=True)
         for number, layer in enumerate(self._lm.layers):
-            before = functools.partial(self._before_layer, number)
-            hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            after = functools.partial(self._after_layer, number)
-            hooks.append(layer.register_forward_hook(after))
-        for hook in hooks:
-            stack.callback(hook.remove)
+            enter = functools.partial(self._before_layer, number)
+            _hook(stack, layer, before, enter, with_kwargs=True)
+            _hook(stack, layer, after, functools.partial(self._after_layer, number))
 
     def _install_tower(self, stack: ExitStack, tower: Tower) -> None:
         inside = set(tower.block.modules())
@@ -642,6 +638,11 @@ def _replace_hidden(
     if args:
         return (hidden, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": hidden}
+
+
+def _hook(stack: ExitStack, module: nn.Module, register: str, hook: Any, **how: bool) -> None:
+    """Register a hook that goes with the stack, whatever fails after it."""
+    stack.callback(getattr(module, register)(hook, **how).remove)
 
 
 def _shadow(stack: ExitStack, module: nn.Module, path: str, decorate: Callable[[Any], Any]) -> None:

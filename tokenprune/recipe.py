@@ -168,7 +168,7 @@ def _write_step(method: Method) -> str:
     changed = {
         field.name: getattr(method, field.name)
         for field in fields(method)  # type: ignore[arg-type]
-        if _differs(getattr(method, field.name), field.default)
+        if field.name == "keep" or _differs(getattr(method, field.name), field.default)
     }
     inside = " ".join(f"{name}={_write(value)}" for name, value in changed.items())
     return f"{method.name}({inside})" if inside else method.name

@@ -21,6 +21,7 @@ __all__ = ["check_picture", "overlay", "save_picture"]
 _GAP = 4
 _LARGEST = 1600  # pixels that a side of the whole picture may have
 _MOST_FRAMES = 64
+_CELL_WIDTH = 200  # pixels that a small frame is enlarged to
 _DARK = 0.16  # brightness of what is gone
 
 
@@ -118,7 +119,7 @@ def _shade(
     height, width = int(layout.row[rows].max()) + 1, int(layout.column[rows].max()) + 1
     light = torch.full((height, width), _DARK)
     light[layout.row[rows], layout.column[rows]] = _DARK + (1 - _DARK) * presence[rows].float()
-    scale = max(1, 160 // picture.width)
+    scale = max(1, round(_CELL_WIDTH / picture.width))
     picture = picture.resize(
         (picture.width * scale, picture.height * scale), Image.Resampling.NEAREST
     )

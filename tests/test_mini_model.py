@@ -1,0 +1,100 @@
+"""The shipped mini model: complete, small, offline, and able to answer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import lru_cache
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tokenprune.engine import prune
+from tokenprune.eval.mini.model import FRAME_TOKENS
+from tokenprune.eval.run import evaluate_recipes
+from tokenprune.eval.tasks.mini_video import LOOKUPS, encode, samples, score
+from tokenprune.loading import LoadedModel, load_model
+from tokenprune.models import built_in_models
+from tokenprune.recipe import Recipe
+
+NAME = "mini-video"
+
+
+@lru_cache(maxsize=1)
+def loaded() -> LoadedModel:
+    return load_model(NAME)
+
+
+def test_the_shipped_folder_is_complete_and_small() -> None:
+    folder = built_in_models()[NAME]
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 8 << 20
+    assert (folder / "model.safetensors").exists()
+
+
+def test_auto_classes_load_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = built_in_models()[NAME]
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    assert model.config.model_type == "qwen2_5_vl"
+    text = "What color is the star?"
+    words = processor.tokenizer.convert_ids_to_tokens(processor.tokenizer(text)["input_ids"])
+    assert words == ["what", "color", "is", "the", "star", "?"]
+
+
+@pytest.mark.parametrize("frames", [1, 5, 64])
+def test_prompts_hold_eighteen_tokens_a_frame(frames: int) -> None:
+    sample = next(iter(samples(1, frames=frames, seed=3)))
+    inputs = encode(loaded().processor, sample)
+    video = int((inputs["input_ids"] == loaded().model.config.video_token_id).sum())
+    assert video == frames * FRAME_TOKENS == frames * 18
+
+
+def test_temporal_positions_count_frames() -> None:
+    """Whatever the sampling: the model learnt order in steps of one."""
+    sample = next(iter(samples(1, frames=4, seed=3)))
+    inputs = encode(loaded().processor, sample)
+    assert "second_per_grid_ts" not in inputs
+    positions, _ = loaded().model.model.get_rope_index(
+        inputs["input_ids"], inputs["mm_token_type_ids"], video_grid_thw=inputs["video_grid_thw"]
+    )
+    first = int((inputs["mm_token_type_ids"][0] == 2).nonzero()[0])
+    temporal = positions[0, 0, first : first + 4 * FRAME_TOKENS : FRAME_TOKENS]
+    assert temporal.diff().tolist() == [1, 1, 1]
+
+
+def test_the_model_answers_held_out_look_ups() -> None:
+    """A floor far below what is reported, and far above guessing (about 0.1)."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for sample in samples(60, frames=8, seed=5):
+        if sample.kind not in LOOKUPS:
+            continue
+        inputs = encode(loaded().processor, sample)
+        with torch.inference_mode(), prune(loaded().model):
+            output = loaded().model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        answer = loaded().processor.decode(
+            output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        right[sample.kind].append(score(answer, sample.answer))
+    flat = [one for kind in right.values() for one in kind]
+    assert len(flat) >= 30
+    assert sum(flat) / len(flat) >= 0.8, dict(right)
+
+
+def test_evaluation_reports_what_was_kept() -> None:
+    recipes = [Recipe(), Recipe("uniform(keep=0.25)"), Recipe("random(keep=0.5 at=cache)")]
+    results = evaluate_recipes(loaded(), recipes, frames=8, samples=6, seed=5)
+    assert [len(result.correct) for result in results] == [6, 6, 6]
+    assert [result.media_tokens()["per_layer"] for result in results] == [
+        [144.0] * 4,
+        [36.0] * 4,
+        [72.0] * 4,
+    ]
+
+
+def test_all_held_out_kinds_are_asked() -> None:
+    assert {sample.kind for sample in samples(60, frames=64, seed=1)} >= set(LOOKUPS) | {
+        "after",
+        "before",
+        "count",
+    }
