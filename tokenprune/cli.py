@@ -75,14 +75,14 @@ def ask(
         check_picture(overlay)
     chosen = None if recipe is None else Recipe.parse(recipe)
     with tqdm(total=3, bar_format="{desc}", leave=False, disable=as_json) as progress:
-        progress.set_description("loading the model")
+        progress.set_description_str("loading the model")
         loaded = load_model(model)
-        progress.set_description("reading the file")
+        progress.set_description_str("reading the file")
         media = read_media(file, loaded, frames=frames, fps=fps)
         chosen = default_recipe(loaded, media) if chosen is None else chosen
         if overlay is not None and not len(media.frames):
             raise MediaError(f"an overlay needs frames, but {str(file)!r} was only heard")
-        progress.set_description("answering")
+        progress.set_description_str("answering")
         if compare:  # seconds are compared after a warm-up
             answer(loaded, media, question, chosen, min(2, max_new_tokens))
         found = [answer(loaded, media, question, chosen, max_new_tokens)]

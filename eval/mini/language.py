@@ -46,7 +46,8 @@ __all__ = ["Bank", "Batch", "FrameSource", "Tally", "build_bank", "draw_batch", 
 
 BANK_STEPS = 8  # frames per clip
 TARGET_SPREAD = 0.4  # variance of thing features along each axis, beside embeddings of 0.08²
-WEIGHTS = {"color": 3, "after": 5, "before": 5, "count": 4, "shape": 2, "exist": 2}  # others: 1
+# How often kinds of questions are drawn; others 1.
+WEIGHTS = {"color": 2, "after": 4, "before": 4, "count": 5, "shape": 2, "exist": 3, "last": 4}
 
 
 # ---------------------------------------------------------------------------------------------
