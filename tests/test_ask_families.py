@@ -62,9 +62,8 @@ def test_ask_about_an_image(name, checkpoint, command, files, tmp_path):
     assert found["seconds"]["index"] == found["seconds"]["decode"] == 0
     assert (found["frames"], found["model"]) == (1, str(folder))
     with Image.open(overlay) as picture:
-        assert picture.size == (
-            (180, 180) if name == "llava" else (160, 90)
-        )  # llava crops, and it is enlarged
+        # LLaVA crops to a square, small enough to be enlarged.
+        assert picture.size == ((180, 180) if name == "llava" else (160, 90))
 
 
 @pytest.mark.parametrize("name", SEEING)
