@@ -46,6 +46,8 @@ __all__ = ["Bank", "Batch", "FrameSource", "Tally", "build_bank", "draw_batch", 
 
 BANK_STEPS = 8  # frames per clip
 TARGET_SPREAD = 0.4  # variance of thing features along each axis, beside embeddings of 0.08²
+# Of the loss; others 1. A video has one question about its last thing, but several of other kinds.
+LOSS_WEIGHTS = {"describe": 0.4, "last": 6.0, "count": 1.5, "exist": 1.5}
 # How often kinds of questions are drawn; others 1.
 WEIGHTS = {"color": 2, "after": 4, "before": 4, "count": 5, "shape": 2, "exist": 3, "last": 4}
 
@@ -281,7 +283,9 @@ class ContextHeads(nn.Module):
     """What a token that shows a thing can know of the scenes before: trained beside the answers.
 
     The thing of the scene before (shape and colour), and how often its own shape has come so
-    far. The words of order questions learn the answer early, too. Dropped after training.
+    far. The words of order questions learn the answer early, too, and every token learns how late
+    it is: positions of the text lie amid those of the frames, so "last" is not "nearest".
+    Dropped after training.
     """
 
     classes = (len(SHAPES), len(COLORS), MAX_COUNT + 1)
@@ -291,6 +295,7 @@ class ContextHeads(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList(nn.Linear(width, sum(self.classes)) for _ in self.layers)
         self.order = nn.ModuleList(nn.Linear(width, sum(self.classes)) for _ in self.layers)
+        self.time = nn.Linear(width, 1)
 
     def loss(self, hidden: Sequence[Tensor], batch: Batch) -> Tensor:
         """Mean cross entropy; `hidden[i]` is `[B, N + Q, D]` after layer i."""
@@ -300,6 +305,11 @@ class ContextHeads(nn.Module):
         for layer, head, order in zip(self.layers, self.heads, self.order, strict=True):
             states = F.rms_norm(hidden[layer].float(), hidden[layer].shape[-1:])
             total = total + self._loss(head(states[:, 2 : n + 2]), batch.context)
+            if layer == self.layers[0]:
+                late = torch.arange(n) // FRAME_TOKENS / 64
+                total = total + F.mse_loss(
+                    self.time(states[:, 2 : n + 2])[..., 0], late.expand(len(states), -1)
+                )
             if layer > 2:  # the second layer does not know what came before
                 total = total + self._loss(order(states[:, n + 3 :]), batch.order)
         return total
@@ -403,7 +413,7 @@ def _assemble(
             size = len(words) + len(answer) - 1
             owner += [number] * size
             offset += range(size)
-            weight += [0.4 if question.kind == "describe" else 1.0] * size
+            weight += [LOSS_WEIGHTS.get(question.kind, 1.0)] * size
         rows.append((ids, target, owner, offset, weight))
         spans.append(span)
     longest = max(len(row[0]) for row in rows)
