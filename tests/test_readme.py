@@ -1,0 +1,65 @@
+"""The README's examples run, and its tables are complete."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import build
+from tokenprune import list_methods, list_models, prune
+from tokenprune.eval.mini.sample import write_sample
+from tokenprune.stage import Method
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def table(heading: str) -> list[list[str]]:
+    """The rows of the table below a heading, without its two head lines."""
+    section = README.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def test_the_first_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    write_sample("out/sample.mp4", seconds=6)
+    with torch.inference_mode():
+        exec(compile(BLOCKS[0], "README.md", "exec"), {})
+    assert "vflowopt(keep=0.25) + plphp(keep=0.5)" in capsys.readouterr().out
+    assert Path("kept.png").exists()
+
+
+def test_the_method_to_add_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenprune.stage._METHODS", {})  # it is not there for other tests
+    lines = [
+        "from dataclasses import dataclass",
+        "from tokenprune.layout import TokenLayout",
+        "from tokenprune.selection import Selection, count",
+        "from tokenprune.stage import Cache, CacheContext, Site, Stage",
+        "from tokenprune.stages.selectors import top",
+        BLOCKS[1],
+    ]
+    names: dict[str, type[Method]] = {}
+    exec(compile("\n".join(lines), "README.md", "exec"), names)
+    tiny = build("llava")
+    with prune(tiny.model, names["KeyNorm"](keep=0.25)) as report:  # type: ignore[call-arg]
+        tiny.model.generate(**tiny.inputs(), max_new_tokens=2, suppress_tokens=tiny.suppress)
+    assert report.media_tokens["per_site"] == {"cache": 8.0}
+
+
+def test_every_method_is_listed() -> None:
+    listed = {row[0].strip("`"): row[1] for row in table("Methods")}
+    assert listed == {
+        name: (method.__doc__ or "").splitlines()[0] for name, method in list_methods().items()
+    }
+
+
+def test_every_model_is_listed() -> None:
+    assert sorted(row[1].strip("`") for row in table("Models")) == list(list_models())
