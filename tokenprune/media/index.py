@@ -56,6 +56,9 @@ class VideoInfo:
     start_seconds: float
 
 
+_HELD_AT_BREAK = 2  # packets that a demuxer may hold
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class PacketIndex:
     """All packets of a file's video stream, in decode order.
@@ -105,6 +108,16 @@ class PacketIndex:
     def seekable(self) -> bool:
         """Whether a time on the clock names one point of the file."""
         return self.timed and int(self.epoch[-1]) == 0
+
+    def before_break(self, packet: int) -> bool:
+        """Whether the file's clock breaks right after this packet.
+
+        Where two transport streams are joined, their packet counters seldom fit, and the demuxer
+        marks the packets it holds at that moment as corrupt, though nothing is missing. What is
+        really cut off there still fails in the decoder.
+        """
+        after = min(packet + _HELD_AT_BREAK, len(self.epoch) - 1)
+        return bool(self.epoch[after] != self.epoch[packet])
 
 
 def index_video(path: str | os.PathLike[str]) -> PacketIndex:

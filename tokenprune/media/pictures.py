@@ -78,7 +78,7 @@ class PictureDecoder:
             # A decoder hands a packet's time on to its picture. Let that be the packet's place.
             place = int(self._index.place[number])
             packet.pts = packet.dts = place
-            sieve.feed(number, place, packet.is_corrupt)
+            sieve.feed(number, place, packet.is_corrupt and not self._index.before_break(number))
             for picture in self._step(packet, sieve):
                 yield from sieve.take(picture)
         for picture in self._step(None, sieve):
