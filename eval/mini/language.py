@@ -368,21 +368,21 @@ def draw_batch(
     interval: float | None = None,
 ) -> Batch:
     """Draw `videos` videos of `frames` frames with about `questions` questions each."""
-    features, asked, intervals, context = [], [], [], []
+    features, asked, context = [], [], []
     for _ in range(videos):
-        intervals.append(interval or draw_interval(rng, frames))
-        story = draw_story(rng, frames=frames, interval_seconds=intervals[-1], pairs=source.pairs)
+        seconds = interval or draw_interval(rng, frames)
+        story = draw_story(rng, frames=frames, interval_seconds=seconds, pairs=source.pairs)
         phase = float(rng.random())
         seen = source.features(rng, story, frames, phase)
         features.append(seen.flatten(0, 1))
         if source.nothing is not None:
-            scenes = frame_scenes(story, frames, intervals[-1], phase)
+            scenes = frame_scenes(story, frames, seconds, phase)
             far = (seen - source.nothing).norm(dim=-1)  # [F, 18]
             context.append(context_targets(story, scenes, far > 0.6 * far.amax(1, keepdim=True)))
         drawn = draw_questions(rng, story, questions)
         described = ask(rng, story, "describe") if describe else None
         asked.append([*drawn, described] if described else drawn)
-    batch = _assemble(model, tokenizer, features, asked, intervals, frames)
+    batch = _assemble(model, tokenizer, features, asked, frames)
     batch.context = torch.stack(context) if context else None
     return batch
 
@@ -392,7 +392,6 @@ def _assemble(
     tokenizer: PreTrainedTokenizerFast,
     features: list[Tensor],
     asked: list[list[Question]],
-    intervals: list[float],
     frames: int,
 ) -> Batch:
     rows, spans = [], []
@@ -422,7 +421,7 @@ def _assemble(
         return torch.tensor([[*row[which], *[fill] * (longest - len(row[0]))] for row in rows])
 
     owner_ids, offsets = padded(2, -1).long(), padded(3, 0).long()
-    prefix, text_start = _prefix_positions(model, frames, intervals, int(offsets.max()) + 1)
+    prefix, text_start = _prefix_positions(model, frames, len(rows), int(offsets.max()) + 1)
     text_positions = (text_start[:, None] + offsets)[None].expand(3, -1, -1)
     own = owner_ids[:, :, None] == owner_ids[:, None, :]
     own = own & torch.ones(longest, longest, dtype=torch.bool).tril()
@@ -448,19 +447,19 @@ def _assemble(
 
 
 def _prefix_positions(
-    model: Qwen2_5_VLForConditionalGeneration, frames: int, intervals: list[float], text: int
+    model: Qwen2_5_VLForConditionalGeneration, frames: int, videos: int, text: int
 ) -> tuple[Tensor, Tensor]:
     """The model's own positions: of the tokens before the text, and the first of the text."""
     config = model.config
     prefix = _prefix_ids(model, frames)
     n = len(prefix)
-    ids = torch.cat([prefix, torch.zeros(text, dtype=torch.long)]).expand(len(intervals), -1)
+    ids = torch.cat([prefix, torch.zeros(text, dtype=torch.long)]).expand(videos, -1)
     height, width = (side // PATCH for side in FRAME_SIZE)
     positions, _ = model.model.get_rope_index(
         ids,
         2 * (ids == config.video_token_id).int(),
-        video_grid_thw=torch.tensor([[frames, height, width]] * len(intervals)),
-        second_per_grid_ts=torch.ones(len(intervals)),  # the processor tells no seconds
+        video_grid_thw=torch.tensor([[frames, height, width]] * videos),
+        second_per_grid_ts=torch.ones(videos),  # the processor tells no seconds
     )
     return positions[:, :, :n], positions[0, :, n]
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import BatchFeature, Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import BatchFeature, Qwen2VLProcessor
 from transformers.video_utils import VideoMetadata
 
 from tokenprune.eval.mini.language import draw_interval
 from tokenprune.eval.mini.videos import sampled_frames
 from tokenprune.eval.mini.world import KINDS, Split, ask, draw_story, stream
 
-__all__ = ["LOOKUPS", "VideoQuestion", "answer", "encode", "samples", "score"]
+__all__ = ["LOOKUPS", "VideoQuestion", "encode", "samples", "score"]
 
 LOOKUPS = ("color", "shape", "first", "last", "exist", "needle")  # the other kinds need order
 
@@ -96,19 +96,6 @@ def encode(processor: Qwen2VLProcessor, sample: VideoQuestion) -> BatchFeature:
         do_sample_frames=False,
         return_tensors="pt",
     )
-
-
-def answer(
-    model: Qwen2_5_VLForConditionalGeneration,
-    processor: Qwen2VLProcessor,
-    sample: VideoQuestion,
-) -> str:
-    """The model's answer with nothing pruned."""
-    inputs = encode(processor, sample).to(model.device)
-    with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    told = output[0, inputs["input_ids"].shape[1] :]
-    return str(processor.decode(told, skip_special_tokens=True))
 
 
 def score(answer: str, truth: str) -> bool:
