@@ -137,7 +137,7 @@ def train_language(
     minutes: float,
     seed: int,
     checkpoint: Path,
-    peak: float = 1.2e-3,
+    peak: float = 0.8e-3,
     muon: bool = True,
     tower: nn.Module | None = None,
     stages: tuple[Stage, ...] = STAGES,

@@ -31,6 +31,7 @@ from tokenprune.eval.mini.world import (
     COLORS,
     KINDS,
     MAX_COUNT,
+    NUMBERS,
     SHAPES,
     Question,
     Story,
@@ -47,9 +48,9 @@ __all__ = ["Bank", "Batch", "FrameSource", "Tally", "build_bank", "draw_batch", 
 BANK_STEPS = 8  # frames per clip
 TARGET_SPREAD = 0.4  # variance of thing features along each axis, beside embeddings of 0.08²
 # Of the loss; others 1. A video has one question about its last thing, but several of other kinds.
-LOSS_WEIGHTS = {"describe": 0.4, "last": 6.0, "count": 1.5, "exist": 1.5}
+LOSS_WEIGHTS = {"describe": 0.4, "last": 6.0, "count": 2.0, "exist": 2.0}
 # How often kinds of questions are drawn; others 1.
-WEIGHTS = {"color": 2, "after": 4, "before": 4, "count": 5, "shape": 2, "exist": 3, "last": 4}
+WEIGHTS = {"color": 2, "after": 3, "before": 3, "count": 6, "shape": 2, "exist": 5, "last": 4}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -430,10 +431,7 @@ def _assemble(
     order = torch.full((len(rows), longest, 3), -100)
     for row, span in enumerate(spans):
         for question, start, _ in span:
-            if question.kind in ("after", "before"):
-                color, shape = question.answer.split()
-                classes = (SHAPES.index(shape), COLORS.index(color))
-                order[row, start - 2 : start + 1, :2] = torch.tensor(classes)
+            order[row, start - 2 : start + 1] = _early_target(question)
     return Batch(
         torch.stack(features),
         padded(0, 0).long(),
@@ -444,6 +442,19 @@ def _assemble(
         spans,
         order,
     )
+
+
+def _early_target(question: Question) -> Tensor:
+    """What the last words of a question are to know early: shape, colour and count, `[3]`."""
+    target = torch.full((3,), -100)
+    if question.kind in ("after", "before"):
+        color, shape = question.answer.split()
+        target[:2] = torch.tensor((SHAPES.index(shape), COLORS.index(color)))
+    elif question.kind == "last":
+        target[0] = SHAPES.index(question.answer)
+    elif question.kind == "count":
+        target[2] = NUMBERS.index(question.answer)
+    return target
 
 
 def _prefix_positions(
