@@ -7,6 +7,7 @@ question is what inference will see.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ from tokenprune.eval.mini.world import (
     draw_story,
     frame_scenes,
     render,
+    stream,
 )
 
 __all__ = ["Bank", "Batch", "FrameSource", "Tally", "build_bank", "draw_batch", "forward"]
@@ -255,6 +257,82 @@ def _align_layer(attention: Any, shapes: Tensor, colors: Tensor) -> None:
         for head in (2 * group, 2 * group + 1):
             query[head, still] = look
             output[:, head, : len(told)] = 0.15 * told.T
+
+
+LATE_AXIS = 6  # of the temporal frequencies: 0.0133 a frame, monotone over 235 frames
+LATE_MIDDLE = 56  # frames between the text and the middle of what must be told apart
+LATE_SCALE = 22.0  # of query and key along that axis: a step of about one logit a frame
+
+
+def align_lateness(
+    model: Qwen2_5_VLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    source: FrameSource,
+    seed: int = 0,
+) -> None:
+    """Start one head of the second and of the third layer so that "last" looks at late frames.
+
+    The text's positions lie amid those of the frames, so "last" is neither the nearest frame nor
+    the farthest, and content does not tell it: nothing has come yet after what is last. The slow
+    rotation of one temporal frequency grows with time throughout, but random weights are far too
+    small there to tell two scenes apart, and training alone did not find it in an hour.
+    """
+    language = model.model.language_model
+    size = language.layers[0].self_attn.head_dim
+    axis = [LATE_AXIS, LATE_AXIS + size // 2]
+    turn = LATE_MIDDLE * float(language.rotary_emb.inv_freq[LATE_AXIS]) + math.pi / 2
+    query_phase = LATE_SCALE * torch.tensor([math.cos(turn), math.sin(turn)])
+    group, head = 1, 3  # the group whose values tell shapes, see _align_layer
+    for number in (1, 2):
+        found, mean = _direction_of("last", number, model, tokenizer, source, seed)
+        attention = language.layers[number].self_attn
+        query, key = (
+            (part.weight.unflatten(0, (-1, size)), part.bias.unflatten(0, (-1, size)))
+            for part in (attention.q_proj, attention.k_proj)
+        )
+        with torch.no_grad():
+            key[0][group, axis] = 0.0
+            key[1][group, axis] = torch.tensor([LATE_SCALE, 0.0])
+            for one in range(2 * group, 2 * group + 2):  # the other head stays blind to time here
+                query[0][one, axis] = 0.0
+                query[1][one, axis] = 0.0
+            # Asked for by "last", the head looks at nothing but time.
+            query[0][head] -= (query[0][head] @ mean + query[1][head])[:, None] * found
+            query[0][head, axis] = query_phase[:, None] * found
+
+
+def _direction_of(
+    word: str,
+    layer: int,
+    model: Qwen2_5_VLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    source: FrameSource,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """What tells a word from all other tokens at a layer's input, and its mean state, `[D]`.
+
+    The product of both is 1; that of the direction and another token's state is about 0.
+    """
+    rng = stream("train", 4, seed, layer)
+    number = tokenizer.get_vocab()[word]
+    states, is_word = [], []
+    with torch.no_grad():
+        for _ in range(6):
+            batch = draw_batch(
+                rng, model, tokenizer, source, videos=8, frames=40, questions=16, describe=False
+            )
+            hidden = forward_with_hidden(model, batch)[1][layer].float()
+            normed = model.model.language_model.layers[layer].input_layernorm(hidden)
+            media = batch.features.shape[1] + 3
+            states += [normed[:, :media:7].flatten(0, 1), normed[:, media:].flatten(0, 1)]
+            is_word += [torch.zeros(len(states[-2])), (batch.text.flatten() == number).float()]
+    x, y = torch.cat(states), torch.cat(is_word)
+    weight = torch.where(y > 0, (1 - y).sum() / y.sum(), torch.ones(()))  # both classes alike
+    moments = (x * weight[:, None]).T @ x / weight.sum()
+    moments += 0.01 * moments.diagonal().mean() * torch.eye(len(moments))
+    direction = torch.linalg.solve(moments, ((weight * y)[:, None] * x).mean(0))
+    mean = x[y > 0].mean(0)
+    return direction / (direction @ mean), mean
 
 
 # ---------------------------------------------------------------------------------------------

@@ -19,7 +19,13 @@ from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tokenprune.eval.mini.curriculum import JOINT, train_language
-from tokenprune.eval.mini.language import Bank, align_words, balancing, build_bank
+from tokenprune.eval.mini.language import (
+    Bank,
+    align_lateness,
+    align_words,
+    balancing,
+    build_bank,
+)
 from tokenprune.eval.mini.model import build_model, build_processor, save
 from tokenprune.eval.mini.tower import encode_frames, train_tower
 from tokenprune.eval.mini.videos import sampled_frames
@@ -101,6 +107,9 @@ def language(
     seed: Seed = 0,
     threads: Threads = 1,
     start: Start = None,
+    lateness: Annotated[
+        bool, typer.Option(help="Give `last` its head with --start, too: the shipped model did.")
+    ] = False,
 ) -> None:
     """Train the language model on the bank, short videos first."""
     set_up(run, threads)
@@ -109,6 +118,8 @@ def language(
     tokenizer = build_processor().tokenizer
     if start is None:
         align_words(model, tokenizer, bank)  # a checkpoint overwrites it
+    if start is None or lateness:
+        align_lateness(model, tokenizer, bank, seed)
     train_language(
         model,
         tokenizer,
