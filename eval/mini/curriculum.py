@@ -21,12 +21,15 @@ from tokenprune.eval.mini.language import (
     forward,
     forward_with_hidden,
     loss_of,
+    thin,
 )
 from tokenprune.eval.mini.world import stream
 
 __all__ = ["JOINT", "STAGES", "Progress", "Stage", "evaluate", "train_language"]
 
 logger = logging.getLogger(__name__)
+
+THINNED = 0.6  # of the batches leave out media tokens
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def train_language(
     minutes: float,
     seed: int,
     checkpoint: Path,
-    peak: float = 0.8e-3,
+    peak: float = 1.2e-3,
     muon: bool = True,
     tower: nn.Module | None = None,
     stages: tuple[Stage, ...] = STAGES,
@@ -192,6 +195,8 @@ def train_language(
                 frames=frames,
                 questions=stage.questions,
             )
+            if rng.random() < THINNED:
+                batch = thin(batch, rng)
             logits, hidden = forward_with_hidden(model, batch)
             share = loss_of(logits, batch) * (part / videos)
             loss += share.item()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,7 +45,7 @@ from tokenprune.eval.mini.world import (
     stream,
 )
 
-__all__ = ["Bank", "Batch", "FrameSource", "Tally", "build_bank", "draw_batch", "forward"]
+__all__ = ["Bank", "Batch", "FrameSource", "Tally", "build_bank", "draw_batch", "forward", "thin"]
 
 BANK_STEPS = 8  # frames per clip
 TARGET_SPREAD = 0.4  # variance of thing features along each axis, beside embeddings of 0.08²
@@ -362,9 +362,7 @@ class ContextHeads(nn.Module):
     """What a token that shows a thing can know of the scenes before: trained beside the answers.
 
     The thing of the scene before (shape and colour), and how often its own shape has come so
-    far. The words of order questions learn the answer early, too, and every token learns how late
-    it is: positions of the text lie amid those of the frames, so "last" is not "nearest".
-    Dropped after training.
+    far. The words of a few kinds of questions learn the answer early, too. Dropped after training.
     """
 
     classes = (len(SHAPES), len(COLORS), MAX_COUNT + 1)
@@ -374,7 +372,6 @@ class ContextHeads(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList(nn.Linear(width, sum(self.classes)) for _ in self.layers)
         self.order = nn.ModuleList(nn.Linear(width, sum(self.classes)) for _ in self.layers)
-        self.time = nn.Linear(width, 1)
 
     def loss(self, hidden: Sequence[Tensor], batch: Batch) -> Tensor:
         """Mean cross entropy; `hidden[i]` is `[B, N + Q, D]` after layer i."""
@@ -384,11 +381,6 @@ class ContextHeads(nn.Module):
         for layer, head, order in zip(self.layers, self.heads, self.order, strict=True):
             states = F.rms_norm(hidden[layer].float(), hidden[layer].shape[-1:])
             total = total + self._loss(head(states[:, 2 : n + 2]), batch.context)
-            if layer == self.layers[0]:
-                late = torch.arange(n) // FRAME_TOKENS / 64
-                total = total + F.mse_loss(
-                    self.time(states[:, 2 : n + 2])[..., 0], late.expand(len(states), -1)
-                )
             if layer > 2:  # the second layer does not know what came before
                 total = total + self._loss(order(states[:, n + 3 :]), batch.order)
         return total
@@ -535,6 +527,44 @@ def _early_target(question: Question) -> Tensor:
     return target
 
 
+def thin(batch: Batch, rng: np.random.Generator) -> Batch:
+    """Leave out some of the media tokens, the same number in every video.
+
+    A model that has only ever seen whole frames comes to lean on their background, as a place to
+    attend to when nothing matches, and fails without it whatever else is kept. Anything from a
+    fifth of the tokens is kept, by chance, by how much they differ from the background, or by a
+    mixture of both. Of every frame the most different token stays, so that questions keep their
+    answers.
+    """
+    videos, tokens = batch.features.shape[:2]
+    frames = tokens // FRAME_TOKENS
+    count = round(tokens * float(np.exp(rng.uniform(np.log(0.2), 0))))
+    plain = batch.features.flatten(0, 1).median(0).values  # most tokens show background
+    shows = (batch.features - plain).norm(dim=-1)
+    noise = torch.from_numpy(rng.standard_normal((videos, tokens))).float()
+    score = float(rng.choice([0, 0.5, 1, 3])) * shows / shows.std() + noise
+    best = shows.unflatten(1, (frames, FRAME_TOKENS)).argmax(-1)
+    best = best + torch.arange(frames) * FRAME_TOKENS
+    score.scatter_(1, best, torch.inf)
+    kept = score.topk(count, dim=1).indices.sort(dim=1).values  # [B, count]
+    sequence = torch.cat(
+        [
+            torch.arange(2).expand(videos, -1),
+            kept + 2,
+            torch.arange(tokens + 2, batch.positions.shape[-1]).expand(videos, -1),
+        ],
+        1,
+    )
+    positions = batch.positions.gather(2, sequence.expand(3, -1, -1))
+    return replace(
+        batch,
+        features=batch.features.take_along_dim(kept[..., None], 1),
+        mask=batch.mask[..., tokens - count :],
+        positions=positions,
+        context=None if batch.context is None else batch.context.take_along_dim(kept[..., None], 1),
+    )
+
+
 def _prefix_positions(
     model: Qwen2_5_VLForConditionalGeneration, frames: int, videos: int, text: int
 ) -> tuple[Tensor, Tensor]:
@@ -572,7 +602,7 @@ def forward_with_hidden(
     language = model.model.language_model
     embed = language.embed_tokens
     n = batch.features.shape[1]
-    prefix = _prefix_ids(model, n // FRAME_TOKENS)
+    prefix = _prefix_ids(model, 0)
     ends = embed(prefix[[0, 1, -1]]).expand(len(batch.text), -1, -1)
     whole = [ends[:, :2], batch.features, ends[:, 2:], embed(batch.text)]
     with torch.autocast("cpu", torch.bfloat16):
