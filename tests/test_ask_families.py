@@ -10,13 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.checkpoints import CHECKPOINTS
+from tests.checkpoints import SEEING, WATCHING
 from tokenprune.loading import LoadedModel, Media, frame_size, load_model
 from tokenprune.media import Timings, Video, VideoInfo
 
-FAMILIES = sorted(CHECKPOINTS)
-SEEING = [name for name in FAMILIES if name != "qwen2_audio"]
-WATCHING = [name for name in SEEING if name not in ("llava", "llava_next")]  # the others: images
 # Qwen-Omni watches a video; a model that only hears takes its sound track.
 HEARING = [("qwen2_audio", "sound"), ("qwen2_audio", "video"), ("qwen2_5_omni", "sound")]
 

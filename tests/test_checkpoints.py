@@ -18,15 +18,11 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from tests.checkpoints import CHECKPOINTS
+from tests.checkpoints import CHECKPOINTS, HEARING, SEEING, WATCHING
 from tests.test_adapters import layouts, watching
-from tests.tiny import SPECIAL, Tiny
+from tests.tiny.base import SPECIAL, Tiny
 from tokenprune.adapter import adapter_for
 from tokenprune.layout import AUDIO, TokenLayout
-
-IMAGES = [name for name in CHECKPOINTS if name != "qwen2_audio"]
-VIDEOS = [name for name in IMAGES if name not in ("llava", "llava_next")]
-SOUNDS = ["qwen2_5_omni", "qwen2_audio"]
 
 DOWN, ACROSS, LATER, START = 120.0, 60.0, 4.0, 30.0
 """Grey levels from top to bottom, from left to right, from frame to frame, and at the start."""
@@ -87,7 +83,7 @@ def check_plane(layout: TokenLayout, levels: Tensor, canvas: int, frame: float =
     torch.testing.assert_close(levels[held], wanted, rtol=0, atol=3)
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", SEEING)
 def test_an_image_s_layout_follows_the_picture(name: str, checkpoint: Checkpoint) -> None:
     tiny, processor = load(checkpoint(name))
     pixels = picture(112, 112).permute(1, 2, 0).numpy()
@@ -117,7 +113,7 @@ def test_padding_of_tiles_is_no_part_of_the_layout(
     torch.testing.assert_close(levels[inner], wanted, rtol=0, atol=12)
 
 
-@pytest.mark.parametrize("name", VIDEOS)
+@pytest.mark.parametrize("name", WATCHING)
 def test_a_video_s_layout_follows_its_frames(name: str, checkpoint: Checkpoint) -> None:
     tiny, processor = load(checkpoint(name))
     frames = torch.stack([picture(112, 112, frame) for frame in range(8)])
@@ -141,7 +137,7 @@ def test_a_video_s_layout_follows_its_frames(name: str, checkpoint: Checkpoint) 
         torch.testing.assert_close(layout.seconds, layout.frame.double() * float(told[0]))
 
 
-@pytest.mark.parametrize("name", SOUNDS)
+@pytest.mark.parametrize("name", HEARING)
 def test_a_sound_s_layout_follows_its_length(name: str, checkpoint: Checkpoint) -> None:
     tiny, processor = load(checkpoint(name))
     sound = numpy.sin(numpy.arange(12_000) / 20).astype(numpy.float32)
