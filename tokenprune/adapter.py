@@ -158,6 +158,10 @@ class Adapter(ABC):
         """The placeholder token of each modality."""
         return {name: getattr(self.config, f"{name}_token_id") for name in self.modalities}
 
+    def placeholders(self, input_ids: Tensor) -> dict[Modality, Tensor]:
+        """Where the placeholders of each modality stand: `[B, S]` bool, as `input_ids`."""
+        return {name: input_ids == token for name, token in self.token_ids().items()}
+
     def encoders(self) -> dict[str, Modality]:
         """Methods that encode media, by name, with what they encode.
 
@@ -228,23 +232,27 @@ class Adapter(ABC):
             for place, item in enumerate(call.items):
                 queues[call.modality].append(_Queued(call.modality, number, place, item))
         rows: list[list[_Placed]] = [[] for _ in ids]
-        for modality, token in self.token_ids().items():
+        for modality, held in self.placeholders(ids).items():
             # With beams, pictures were encoded once a sample, but sound may be encoded once a row.
-            repeats = self._repeats(ids, modality, queues[modality])
-            for b, row in enumerate(ids):
+            repeats = self._repeats(held, modality, queues[modality])
+            for b, row in enumerate(held):
                 if b % repeats == 0:
-                    taken = self._take((row == token).nonzero()[:, 0], queues[modality])
+                    taken = self._take(row.nonzero()[:, 0], queues[modality])
                 rows[b] += taken
         return [self._layout(placed, offset) for placed in rows]
 
-    def _repeats(self, ids: Tensor, modality: Modality, queue: list[_Queued]) -> int:
-        """How many adjacent rows share one sample."""
-        placeholders = int((ids == self.token_ids()[modality]).sum())
+    def _repeats(self, held: Tensor, modality: Modality, queue: list[_Queued]) -> int:
+        """How many adjacent rows share one sample.
+
+        Args:
+            held: `[B, S]` bool, where the placeholders are.
+        """
+        placeholders = int(held.sum())
         encoded = sum(len(queued.item.real) for queued in queue)
         if placeholders in (0, encoded):  # what is left of an earlier prompt is no part of this one
             return 1
         repeats = placeholders // max(1, encoded)
-        if repeats and placeholders == encoded * repeats and len(ids) % repeats == 0:
+        if repeats and placeholders == encoded * repeats and len(held) % repeats == 0:
             return repeats
         raise UnsupportedModelError(
             f"the prompt holds {placeholders} {modality} placeholders, but {encoded} {modality} "
