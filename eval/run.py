@@ -23,14 +23,17 @@ __all__ = ["Result", "check_run", "evaluate_recipes", "find_task"]
 class Task(Protocol):
     """A module of `eval/tasks/`."""
 
+    max_new_tokens: int
+    """Longest answer."""
+
     def samples(self, count: int, *, frames: int, seed: int) -> Sequence[Any]:
         """Held-out samples, each with `question`, `answer` and `kind`."""
 
     def encode(self, processor: Any, sample: Any) -> dict[str, Any]:
         """Model inputs, batch 1."""
 
-    def score(self, answer: str, truth: str) -> bool:
-        """Whether an answer is right."""
+    def score(self, answer: str, truth: str) -> float:
+        """How right an answer is, 0 to 1."""
 
 
 @dataclass
@@ -40,32 +43,32 @@ class Result:
     Attributes:
         recipe: As text.
         kinds: The kind of each question, in order.
-        correct: Whether each was answered rightly.
+        scores: How right each answer was, 0 to 1.
         before: Media tokens, summed over the questions.
         per_layer: Media entries of each layer's cache, averaged over heads, summed likewise.
     """
 
     recipe: str
     kinds: list[str] = field(default_factory=list)
-    correct: list[bool] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
     before: int = 0
     per_layer: torch.Tensor | None = None
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers."""
-        return sum(self.correct) / len(self.correct)
+        """Mean score: the share of right answers, where answers are right or wrong."""
+        return sum(self.scores) / len(self.scores)
 
     def by_kind(self) -> dict[str, float]:
-        """Share of right answers for each kind of question."""
-        groups: dict[str, list[bool]] = defaultdict(list)
-        for kind, correct in zip(self.kinds, self.correct, strict=True):
-            groups[kind].append(correct)
+        """Mean score for each kind of question."""
+        groups: dict[str, list[float]] = defaultdict(list)
+        for kind, score in zip(self.kinds, self.scores, strict=True):
+            groups[kind].append(score)
         return {kind: sum(group) / len(group) for kind, group in sorted(groups.items())}
 
     def media_tokens(self) -> dict[str, Any]:
         """Means over the questions: before, after, and in each layer's cache."""
-        count = len(self.correct)
+        count = len(self.scores)
         layers = [] if self.per_layer is None else (self.per_layer / count).tolist()
         return {
             "before": self.before / count,
@@ -80,7 +83,7 @@ class Result:
             "accuracy": self.accuracy,
             "by_kind": self.by_kind(),
             "media_tokens": self.media_tokens(),
-            "samples": len(self.correct),
+            "samples": len(self.scores),
         }
 
     def __str__(self) -> str:
@@ -88,7 +91,7 @@ class Result:
         kinds = "  ".join(f"{kind} {share:.3f}" for kind, share in self.by_kind().items())
         layers = "/".join(f"{entries:g}" for entries in tokens["per_layer"])
         return (
-            f"{self.recipe:<44} {self.accuracy:.3f}  of {len(self.correct)}  "
+            f"{self.recipe:<44} {self.accuracy:.3f}  of {len(self.scores)}  "
             f"media {tokens['before']:.0f} -> {layers} a layer  {kinds}"
         )
 
@@ -128,7 +131,7 @@ def evaluate_recipes(
     frames: int = 64,
     samples: int = 500,
     seed: int = 1,
-    max_new_tokens: int = 16,
+    max_new_tokens: int | None = None,
 ) -> list[Result]:
     """Ask every question under every recipe.
 
@@ -139,10 +142,11 @@ def evaluate_recipes(
         frames: Frames of each video.
         samples: Number of questions.
         seed: Which questions.
-        max_new_tokens: Longest answer.
+        max_new_tokens: Longest answer; None for what the task needs.
     """
     check_run(task, frames=frames, samples=samples, seed=seed)
     module = find_task(task)
+    longest = max_new_tokens or module.max_new_tokens
     results = [Result(str(recipe)) for recipe in recipes]
     for sample in tqdm(module.samples(samples, frames=frames, seed=seed), desc=task, unit="q"):
         inputs = module.encode(loaded.processor, sample)
@@ -151,7 +155,7 @@ def evaluate_recipes(
             for name, value in inputs.items()
         }
         for recipe, result in zip(recipes, results, strict=True):
-            _ask(loaded, module, sample, inputs, recipe, result, max_new_tokens)
+            _ask(loaded, module, sample, inputs, recipe, result, longest)
     return results
 
 
@@ -169,7 +173,7 @@ def _ask(
     fresh = output[:, inputs["input_ids"].shape[1] :]
     words = loaded.processor.batch_decode(fresh, skip_special_tokens=True)[0]
     result.kinds.append(sample.kind)
-    result.correct.append(task.score(words, sample.answer))
+    result.scores.append(float(task.score(words, sample.answer)))
     result.before += report.media_tokens["before"]
     entries = report.last.media_entries
     assert entries is not None

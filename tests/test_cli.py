@@ -252,7 +252,7 @@ def test_a_picture_that_the_processor_refuses_fails(command, model, tmp_path):
 @pytest.mark.parametrize(
     "arguments, error",
     [
-        (["--task", "chess"], "no task 'chess'; known: mini-video"),
+        (["--task", "chess"], "no task 'chess'; known: mini-story, mini-video"),
         (["--samples", 0], "samples must be at least 1, got 0"),
         (["--frames", 0], "frames must be at least 1, got 0"),
         (["--seed", -1], "seed must be at least 0, got -1"),

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from tokenprune.engine import prune
 from tokenprune.eval.mini.model import FRAME_TOKENS
 from tokenprune.eval.run import evaluate_recipes
+from tokenprune.eval.tasks import mini_story
 from tokenprune.eval.tasks.mini_video import LOOKUPS, encode, samples, score
 from tokenprune.loading import LoadedModel, load_model
 from tokenprune.models import built_in_models
@@ -84,7 +85,7 @@ def test_the_model_answers_held_out_look_ups() -> None:
 def test_evaluation_reports_what_was_kept() -> None:
     recipes = [Recipe(), Recipe("uniform(keep=0.25)"), Recipe("random(keep=0.5 at=cache)")]
     results = evaluate_recipes(loaded(), recipes, frames=8, samples=6, seed=5)
-    assert [len(result.correct) for result in results] == [6, 6, 6]
+    assert [len(result.scores) for result in results] == [6, 6, 6]
     assert [result.media_tokens()["per_layer"] for result in results] == [
         [144.0] * 4,
         [36.0] * 4,
@@ -98,3 +99,27 @@ def test_all_held_out_kinds_are_asked() -> None:
         "before",
         "count",
     }
+
+
+@pytest.mark.parametrize(
+    "told, share",
+    [
+        ("red star then blue ring", 1.0),
+        (" red star then blue ring ", 1.0),
+        ("red star", 1 / 2),
+        ("blue ring then red star", 1 / 2),
+        ("red star then pink bar then blue ring", 2 / 3),
+        ("red star then red star then blue ring then blue ring", 2 / 4),
+        ("", 0.0),
+    ],
+)
+def test_a_story_is_scored_by_scenes_in_order(told: str, share: float) -> None:
+    assert mini_story.score(told, "red star then blue ring") == pytest.approx(share)
+
+
+def test_the_model_retells_short_videos() -> None:
+    [result] = evaluate_recipes(
+        loaded(), [Recipe()], task="mini-story", frames=6, samples=8, seed=5
+    )
+    assert result.kinds == ["describe"] * 8
+    assert result.accuracy >= 0.4  # a wrong scene in a story of two costs half of it

@@ -1,6 +1,10 @@
 """Accuracy against share kept: every method beside random and uniform selection.
 
     python -m tokenprune.eval.bench.quality --samples 500 --out runs/quality.jsonl
+    python -m tokenprune.eval.bench.quality --task mini-story --frames 32 --samples 100 ...
+
+Methods that prune the cache come to bear after an answer's first token: "mini-story" asks for
+long answers, and measures those methods alone.
 
 One line of JSON a recipe, written as it is done; a rerun skips what is there. Every method has a
 random partner of its size: its media entries a layer may exceed the partner's by at most 0.1 %, or
@@ -39,20 +43,21 @@ class Row:
     partner: str | None = None
 
 
-def methods() -> list[Row]:
+def methods(task: str) -> list[Row]:
     """What is measured."""
-    shares = [Row(keep, f"vflowopt(keep={keep})") for keep in KEEPS]
-    return [Row(1.0, "none"), *shares, *(Row(keep, f"plphp(keep={keep})") for keep in KEEPS)]
+    names = ("plphp",) if task == "mini-story" else ("vflowopt", "plphp")
+    rows = [Row(keep, f"{name}(keep={keep})") for name in names for keep in KEEPS]
+    return [Row(1.0, "none"), *rows]
 
 
-def with_partners(done: dict[str, dict[str, Any]]) -> list[Row]:
+def with_partners(rows: list[Row], done: dict[str, dict[str, Any]]) -> list[Row]:
     """Every method after random and uniform selection of the size that it really kept.
 
     Methods round several times, or choose their size themselves, so a partner takes the method's
     mean media entries a layer, rounded up.
     """
     found = []
-    for row in methods():
+    for row in rows:
         size = math.ceil(done[row.recipe]["media_tokens"]["after"] - 1e-9)
         partners = []
         if row.recipe.startswith("vflowopt"):
@@ -69,6 +74,7 @@ def with_partners(done: dict[str, dict[str, Any]]) -> list[Row]:
 def main(
     out: Annotated[Path, typer.Option(help="JSON lines, appended.")] = Path("runs/quality.jsonl"),
     model: Annotated[str | None, typer.Option(help="Name or folder.")] = None,
+    task: Annotated[str, typer.Option(help="mini-video or mini-story.")] = "mini-video",
     frames: Annotated[int, typer.Option()] = 64,
     samples: Annotated[int, typer.Option()] = 500,
     seed: Annotated[int, typer.Option()] = 1,
@@ -78,43 +84,38 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _run(methods(), out, model, frames=frames, samples=samples, seed=seed)
-    rows = with_partners(_read(out, frames, samples, seed))
-    _run(rows, out, model, frames=frames, samples=samples, seed=seed)
-    done = _read(out, frames, samples, seed)
+    run = {"task": task, "frames": frames, "samples": samples, "seed": seed}
+    _run(methods(task), out, model, run)
+    rows = with_partners(methods(task), _read(out, run))
+    _run(rows, out, model, run)
+    done = _read(out, run)
     typer.echo(table(rows, done))
     check(rows, done)
 
 
-def _run(
-    rows: list[Row], out: Path, model: str | None, *, frames: int, samples: int, seed: int
-) -> None:
-    done = _read(out, frames, samples, seed)
+def _run(rows: list[Row], out: Path, model: str | None, run: dict[str, Any]) -> None:
+    done = _read(out, run)
     missing = [row.recipe for row in rows if row.recipe not in done]
     loaded = load_model(model) if missing else None
     # Few recipes at a time: a cut loses little, and inputs are made once for each handful.
     for start in range(0, len(missing), PART):
         assert loaded is not None
         texts = missing[start : start + PART]
-        found = evaluate_recipes(
-            loaded, list(map(Recipe.parse, texts)), frames=frames, samples=samples, seed=seed
-        )
+        found = evaluate_recipes(loaded, list(map(Recipe.parse, texts)), **run)
         with out.open("a") as lines:
             for text, result in zip(texts, found, strict=True):
-                entry = {**result.as_dict(), "recipe": text, "frames": frames, "seed": seed}
-                entry["correct"] = [int(one) for one in result.correct]
+                entry = {**result.as_dict(), **run, "recipe": text, "scores": result.scores}
                 lines.write(json.dumps(entry) + "\n")
 
 
-def _read(path: Path, frames: int, samples: int, seed: int) -> dict[str, dict[str, Any]]:
+def _read(path: Path, run: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     entries = [json.loads(line) for line in path.read_text().splitlines()]
-    wanted = {"frames": frames, "samples": samples, "seed": seed}
     return {
         entry["recipe"]: entry
         for entry in entries
-        if all(entry[name] == value for name, value in wanted.items())
+        if all(entry[name] == value for name, value in run.items())
     }
 
 
@@ -132,13 +133,13 @@ def table(rows: list[Row], done: dict[str, dict[str, Any]]) -> str:
         layers = " ".join(f"{n:g}" for n in entry["media_tokens"]["per_layer"])
         lines.append(
             f"| {row.keep:g} | `{row.recipe}` | {entry['accuracy']:.3f} | "
-            f"{_mean(easy):.3f} | {_mean(hard):.3f} | {layers} |"
+            f"{_mean(easy)} | {_mean(hard)} | {layers} |"
         )
     return "\n".join(lines)
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / max(1, len(values))
+def _mean(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.3f}" if values else "-"
 
 
 def check(rows: list[Row], done: dict[str, dict[str, Any]]) -> None:

@@ -16,7 +16,9 @@ from tokenprune.eval.mini.language import draw_interval
 from tokenprune.eval.mini.videos import sampled_frames
 from tokenprune.eval.mini.world import KINDS, Split, ask, draw_story, stream
 
-__all__ = ["LOOKUPS", "VideoQuestion", "encode", "samples", "score"]
+__all__ = ["LOOKUPS", "VideoQuestion", "check", "encode", "max_new_tokens", "samples", "score"]
+
+max_new_tokens = 16  # answers are one or two words
 
 LOOKUPS = ("color", "shape", "first", "last", "exist", "needle")  # the other kinds need order
 
@@ -55,16 +57,21 @@ def samples(
     Raises:
         ValueError: If `count` or `frames` is below one, or `split` is the training's.
     """
-    if count < 1 or frames < 1:
-        raise ValueError(f"count and frames must be at least 1, got {count} and {frames}")
-    if split == "train":
-        raise ValueError('split must be "held-out" or "tune", got "train": it was trained on')
+    check(count, frames, split)
     video = 0
     while count > 0:
         for item in _video_questions(frames, seed, video, split)[:count]:
             yield item
             count -= 1
         video += 1
+
+
+def check(count: int, frames: int, split: Split) -> None:
+    """Refuse what `samples` cannot draw, with a ValueError."""
+    if count < 1 or frames < 1:
+        raise ValueError(f"count and frames must be at least 1, got {count} and {frames}")
+    if split == "train":
+        raise ValueError('split must be "held-out" or "tune", got "train": it was trained on')
 
 
 def _video_questions(frames: int, seed: int, video: int, split: Split) -> list[VideoQuestion]:
