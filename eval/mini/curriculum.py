@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
+from tokenprune.eval.mini.architecture import Architecture
 from tokenprune.eval.mini.language import (
     ContextHeads,
     FrameSource,
@@ -64,8 +64,7 @@ class Progress:
 
 
 def evaluate(
-    model: Qwen2_5_VLForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
+    mini: Architecture,
     source: FrameSource,
     *,
     frames: int,
@@ -76,14 +75,12 @@ def evaluate(
     """Accuracy on held-out videos, given the answer's earlier tokens."""
     tally, rng = Tally(), stream("held-out", 2, seed, frames)
     size = max(1, min(videos, 256 // frames))
-    model.eval()
+    mini.model.eval()
     with torch.no_grad():
         for _ in range(max(1, videos // size)):
-            batch = draw_batch(
-                rng, model, tokenizer, source, videos=size, frames=frames, questions=questions
-            )
-            tally.add_batch(forward(model, batch), batch)
-    model.train()
+            batch = draw_batch(rng, mini, source, videos=size, frames=frames, questions=questions)
+            tally.add_batch(forward(mini, batch), batch)
+    mini.model.train()
     return tally
 
 
@@ -133,8 +130,7 @@ def draw_length(rng: np.random.Generator, stage: Stage) -> int:
 
 
 def train_language(
-    model: Qwen2_5_VLForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
+    mini: Architecture,
     source: FrameSource,
     *,
     minutes: float,
@@ -148,8 +144,7 @@ def train_language(
     """Train the language model; continues from `checkpoint` where there is one.
 
     Args:
-        model: What is trained, in place.
-        tokenizer: Its tokenizer.
+        mini: What is trained, in place.
         source: Where frame features come from.
         minutes: How long to train in all; the learning rate falls with it.
         seed: Of the videos.
@@ -159,9 +154,9 @@ def train_language(
         tower: Trained too, if given; `source` must then pass gradients on.
         stages: The curriculum.
     """
-    language = model.model.language_model
+    language = mini.language
     optimizers = Optimizers(language, muon, tower)
-    heads = ContextHeads(model.config.text_config.hidden_size)
+    heads = ContextHeads(mini.width)
     heads_optimizer = torch.optim.AdamW(heads.parameters(), 2e-3)
     progress = Progress()
     if checkpoint.exists():
@@ -188,16 +183,15 @@ def train_language(
             part = min(room, videos - start)
             batch = draw_batch(
                 rng,
-                model,
-                tokenizer,
+                mini,
                 source,
                 videos=part,
                 frames=frames,
                 questions=stage.questions,
             )
             if rng.random() < THINNED:
-                batch = thin(batch, rng)
-            logits, hidden = forward_with_hidden(model, batch)
+                batch = thin(batch, mini.frame_tokens, rng)
+            logits, hidden = forward_with_hidden(mini, batch)
             share = loss_of(logits, batch) * (part / videos)
             loss += share.item()
             if batch.context is not None:
@@ -215,9 +209,7 @@ def train_language(
         progress.seconds += passed
         progress.stage_seconds += passed
         if progress.step % (50) == 0:
-            tally = evaluate(
-                model, tokenizer, source, frames=stage.high, videos=24 if stage.high <= 16 else 12
-            )
+            tally = evaluate(mini, source, frames=stage.high, videos=24 if stage.high <= 16 else 12)
             logger.info(
                 "step %d, %.0f s, %d-%d frames, loss %.3f + %.3f, held out at %d: %s",
                 progress.step,
@@ -233,13 +225,13 @@ def train_language(
             if tally.accuracy >= stage.gate or over:
                 progress.stage += 1
                 progress.stage_seconds = 0.0
-            save_checkpoint(checkpoint, model, heads, optimizers, progress)
-    save_checkpoint(checkpoint, model, heads, optimizers, progress)
+            save_checkpoint(checkpoint, mini, heads, optimizers, progress)
+    save_checkpoint(checkpoint, mini, heads, optimizers, progress)
 
 
 def save_checkpoint(
     path: Path,
-    model: Qwen2_5_VLForConditionalGeneration,
+    mini: Architecture,
     heads: nn.Module,
     optimizers: Optimizers,
     progress: Progress,
@@ -247,8 +239,8 @@ def save_checkpoint(
     """Write the checkpoint beside its place and move it there in one step."""
     beside = path.with_suffix(".new")
     state = {
-        "language": model.model.language_model.state_dict(),
-        "visual": model.model.visual.state_dict(),
+        "language": mini.language.state_dict(),
+        "visual": mini.visual.state_dict(),
         "heads": heads.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer, _ in optimizers.all],
         "progress": vars(progress),

@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLForConditionalGeneration,
 )
 
-from tokenprune.eval.mini.model import FRAME_SIZE, FRAME_TOKENS, PATCH
-from tokenprune.eval.mini.tower import encode_frames
+from tokenprune.eval.mini.architecture import Architecture
+from tokenprune.eval.mini.tower import draw_frames
+from tokenprune.eval.mini.vocabulary import TOKENS
 from tokenprune.eval.mini.world import (
     COLORS,
     KINDS,
@@ -41,7 +40,6 @@ from tokenprune.eval.mini.world import (
     draw_clips,
     draw_story,
     frame_scenes,
-    render,
     stream,
 )
 
@@ -117,7 +115,7 @@ class FrameSource(Protocol):
         ...
 
     def features(self, rng: np.random.Generator, story: Story, frames: int, phase: float) -> Tensor:
-        """Features `[F, 18, D]` of frames at `(i + phase)` intervals."""
+        """Features `[F, tokens, D]` of frames at `(i + phase)` intervals."""
         ...
 
 
@@ -132,7 +130,7 @@ def scene_progress(scenes: NDArray[np.int64]) -> NDArray[np.float32]:
 class Bank:
     """Features of prerendered clips, a few for every thing and some with two."""
 
-    data: Tensor  # [clips, BANK_STEPS, 18, D]
+    data: Tensor  # [clips, BANK_STEPS, tokens, D]
     things: list[tuple[Thing, ...]]
     rows: dict[tuple[Thing, ...], list[int]] = field(default_factory=lambda: defaultdict(list))
 
@@ -158,7 +156,7 @@ class Bank:
 
 
 def build_bank(
-    visual: nn.Module, rng: np.random.Generator, *, clips: int = 24, pairs: int = 800
+    mini: Architecture, rng: np.random.Generator, *, clips: int = 24, pairs: int = 800
 ) -> Bank:
     """Render and encode `clips` clips of every thing and `pairs` clips with two things."""
     things: list[tuple[Thing, ...]] = [
@@ -176,9 +174,8 @@ def build_bank(
         for start in range(0, len(things), 16):
             part = things[start : start + 16]
             looks = draw_clips(rng, part)[np.repeat(np.arange(len(part)), BANK_STEPS)]
-            soft = rng.uniform(0.7, 1.5)
-            frames, _ = render(rng, looks, np.tile(progress, len(part)), FRAME_SIZE, soft=soft)
-            features = encode_frames(visual, frames)
+            frames, _ = draw_frames(mini, rng, looks, np.tile(progress, len(part)))
+            features = mini.encode(frames)
             by_clip: Tensor = features.unflatten(0, (len(part), BANK_STEPS))  # type: ignore[no-untyped-call]
             data.append(by_clip.half())
     return Bank(torch.cat(data), things)
@@ -187,7 +184,7 @@ def build_bank(
 def thing_means(bank: Bank) -> tuple[Tensor, Tensor]:
     """Mean feature of every thing `[shapes, colors, D]`, and of a token that shows none `[D]`."""
     single = [row for row, things in enumerate(bank.things) if len(things) == 1]
-    tokens = bank.data[single, ::2].float()  # [clips, steps, 18, D]
+    tokens = bank.data[single, ::2].float()  # [clips, steps, tokens, D]
     nothing = tokens.flatten(0, 2)[::7].median(0).values
     farthest = (tokens - nothing).norm(dim=-1).argmax(-1, keepdim=True)[..., None]
     shown = tokens.take_along_dim(farthest, 2).flatten(1, 2).mean(1)  # [clips, D]
@@ -219,9 +216,7 @@ def balancing(bank: Bank) -> Tensor:
     return matrix
 
 
-def align_words(
-    model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, bank: Bank
-) -> None:
+def align_words(mini: Architecture, bank: Bank) -> None:
     """Start the words for shapes and colours where the tower puts what they name.
 
     The first layers start with two heads that look for the same shape and tell the colour, and
@@ -229,16 +224,14 @@ def align_words(
     looked up for the first thousand steps. All of it is trained like the rest.
     """
     means, _ = thing_means(bank)
-    language = model.model.language_model
-    vocabulary = tokenizer.get_vocab()
     axes = []
     with torch.no_grad():
         for words, other in ((SHAPES, 1), (COLORS, 0)):
             direction = means.mean(other) - means.mean((0, 1))
             for word, row in zip(words, direction, strict=True):
-                language.embed_tokens.weight[vocabulary[word]] = 0.9 * row / row.norm()
+                mini.decoder.embed_tokens.weight[TOKENS[word]] = 0.9 * row / row.norm()
             axes.append(torch.linalg.svd(direction)[2][: len(words) - 1])  # [classes - 1, D]
-        for layer in language.layers[:3]:
+        for layer in mini.decoder.layers[:3]:
             _align_layer(layer.self_attn, *axes)
 
 
@@ -249,9 +242,10 @@ def _align_layer(attention: Any, shapes: Tensor, colors: Tensor) -> None:
         getattr(attention, f"{name}_proj").weight.unflatten(0, (-1, size)) for name in "qkv"
     )
     output = attention.o_proj.weight.unflatten(1, (-1, size))  # [D, heads, size]
+    strength = 0.7 * (size / 32) ** 0.25  # scores are divided by the root of the size
     for group, (same, told) in enumerate(((shapes, colors), (colors, shapes))):
         spread = torch.linalg.qr(torch.randn(len(still), len(same)))[0]
-        look = 0.7 * spread @ same  # on the axes of height and width, which hardly turn
+        look = strength * spread @ same  # on the slower half of the axes, which hardly turn
         key[group, still] = look
         value[group, : len(told)] = told
         for head in (2 * group, 2 * group + 1):
@@ -264,12 +258,7 @@ LATE_MIDDLE = 56  # frames between the text and the middle of what must be told 
 LATE_SCALE = 22.0  # of query and key along that axis: a step of about one logit a frame
 
 
-def align_lateness(
-    model: Qwen2_5_VLForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
-    source: FrameSource,
-    seed: int = 0,
-) -> None:
+def align_lateness(mini: Architecture, source: FrameSource, seed: int = 0) -> None:
     """Start one head of the second and of the third layer so that "last" looks at late frames.
 
     The text's positions lie amid those of the frames, so "last" is neither the nearest frame nor
@@ -277,14 +266,14 @@ def align_lateness(
     rotation of one temporal frequency grows with time throughout, but random weights are far too
     small there to tell two scenes apart, and training alone did not find it in an hour.
     """
-    language = model.model.language_model
+    language = mini.decoder
     size = language.layers[0].self_attn.head_dim
     axis = [LATE_AXIS, LATE_AXIS + size // 2]
     turn = LATE_MIDDLE * float(language.rotary_emb.inv_freq[LATE_AXIS]) + math.pi / 2
     query_phase = LATE_SCALE * torch.tensor([math.cos(turn), math.sin(turn)])
     group, head = 1, 3  # the group whose values tell shapes, see _align_layer
     for number in (1, 2):
-        found, mean = _direction_of("last", number, model, tokenizer, source, seed)
+        found, mean = _direction_of("last", number, mini, source, seed)
         attention = language.layers[number].self_attn
         query, key = (
             (part.weight.unflatten(0, (-1, size)), part.bias.unflatten(0, (-1, size)))
@@ -302,30 +291,25 @@ def align_lateness(
 
 
 def _direction_of(
-    word: str,
-    layer: int,
-    model: Qwen2_5_VLForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
-    source: FrameSource,
-    seed: int,
+    word: str, layer: int, mini: Architecture, source: FrameSource, seed: int
 ) -> tuple[Tensor, Tensor]:
     """What tells a word from all other tokens at a layer's input, and its mean state, `[D]`.
 
     The product of both is 1; that of the direction and another token's state is about 0.
     """
     rng = stream("train", 4, seed, layer)
-    number = tokenizer.get_vocab()[word]
     states, is_word = [], []
     with torch.no_grad():
         for _ in range(6):
-            batch = draw_batch(
-                rng, model, tokenizer, source, videos=8, frames=40, questions=16, describe=False
-            )
-            hidden = forward_with_hidden(model, batch)[1][layer].float()
-            normed = model.model.language_model.layers[layer].input_layernorm(hidden)
-            media = batch.features.shape[1] + 3
+            batch = draw_batch(rng, mini, source, videos=8, frames=40, questions=16, describe=False)
+            hidden = forward_with_hidden(mini, batch)[1][layer].float()
+            normed = mini.decoder.layers[layer].input_layernorm(hidden)
+            media = normed.shape[1] - batch.text.shape[1]
             states += [normed[:, :media:7].flatten(0, 1), normed[:, media:].flatten(0, 1)]
-            is_word += [torch.zeros(len(states[-2])), (batch.text.flatten() == number).float()]
+            is_word += [
+                torch.zeros(len(states[-2])),
+                (batch.text.flatten() == TOKENS[word]).float(),
+            ]
     x, y = torch.cat(states), torch.cat(is_word)
     weight = torch.where(y > 0, (1 - y).sum() / y.sum(), torch.ones(()))  # both classes alike
     moments = (x * weight[:, None]).T @ x / weight.sum()
@@ -344,18 +328,19 @@ def _direction_of(
 class Batch:
     """`B` videos of the same length with their questions.
 
-    `text` and what follows it cover the `Q` question tokens only, padded on the right.
+    `text` and what follows it cover the `Q` question tokens only, padded on the right. `P` tokens
+    come before them.
     """
 
-    features: Tensor  # [B, F * 18, D]
+    features: Tensor  # [B, N, D], of F * tokens or, thinned, fewer
     text: Tensor  # [B, Q] token ids
     target: Tensor  # [B, Q] next token where it belongs to an answer, else -100
     weight: Tensor  # [B, Q]
-    mask: Tensor  # [B, 1, Q, N + Q]
-    positions: Tensor  # [3, B, N + Q]
+    mask: Tensor  # [B, 1, Q, P + Q]
+    positions: Tensor  # [1 or 3, B, P + Q]
     asked: list[list[tuple[Question, int, int]]]  # with start and end of the answer in `target`
     order: Tensor  # [B, Q, 3] targets of ContextHeads, in the words of order questions
-    context: Tensor | None = None  # [B, F * 18, 3] targets of ContextHeads
+    context: Tensor | None = None  # [B, N, 3] targets of ContextHeads
 
 
 class ContextHeads(nn.Module):
@@ -374,7 +359,7 @@ class ContextHeads(nn.Module):
         self.order = nn.ModuleList(nn.Linear(width, sum(self.classes)) for _ in self.layers)
 
     def loss(self, hidden: Sequence[Tensor], batch: Batch) -> Tensor:
-        """Mean cross entropy; `hidden[i]` is `[B, N + Q, D]` after layer i."""
+        """Mean cross entropy; `hidden[i]` is `[B, P + Q, D]` after layer i."""
         assert batch.context is not None
         total = torch.zeros(())
         n = batch.features.shape[1]
@@ -382,7 +367,7 @@ class ContextHeads(nn.Module):
             states = F.rms_norm(hidden[layer].float(), hidden[layer].shape[-1:])
             total = total + self._loss(head(states[:, 2 : n + 2]), batch.context)
             if layer > 2:  # the second layer does not know what came before
-                total = total + self._loss(order(states[:, n + 3 :]), batch.order)
+                total = total + self._loss(order(states[:, -batch.text.shape[1] :]), batch.order)
         return total
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -396,7 +381,7 @@ class ContextHeads(nn.Module):
 
 
 def context_targets(story: Story, scenes: NDArray[np.int64], shows: Tensor) -> Tensor:
-    """Targets of ContextHeads `[F * 18, 3]`, -100 where unknown or where no thing is shown."""
+    """Targets of ContextHeads `[F * tokens, 3]`, -100 where unknown or where no thing is shown."""
     scene_targets = torch.full((len(story.scenes), 3), -100)
     seen: dict[int, int] = defaultdict(int)
     for i, scene in enumerate(story.scenes):
@@ -407,7 +392,7 @@ def context_targets(story: Story, scenes: NDArray[np.int64], shows: Tensor) -> T
         if i and len(story.scenes[i - 1].things) == 1:
             before = story.scenes[i - 1].things[0]
             scene_targets[i, :2] = torch.tensor([before.shape, before.color])
-    frames = scene_targets[torch.from_numpy(scenes)][:, None].expand(-1, FRAME_TOKENS, -1)
+    frames = scene_targets[torch.from_numpy(scenes)][:, None].expand(-1, shows.shape[1], -1)
     return torch.where(shows[..., None], frames, -100).flatten(0, 1)
 
 
@@ -428,8 +413,7 @@ def draw_interval(rng: np.random.Generator, frames: int) -> float:
 
 def draw_batch(
     rng: np.random.Generator,
-    model: Qwen2_5_VLForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
+    mini: Architecture,
     source: FrameSource,
     *,
     videos: int,
@@ -448,25 +432,20 @@ def draw_batch(
         features.append(seen.flatten(0, 1))
         if source.nothing is not None:
             scenes = frame_scenes(story, frames, seconds, phase)
-            far = (seen - source.nothing).norm(dim=-1)  # [F, 18]
+            far = (seen - source.nothing).norm(dim=-1)  # [F, tokens]
             context.append(context_targets(story, scenes, far > 0.6 * far.amax(1, keepdim=True)))
         drawn = draw_questions(rng, story, questions)
         described = ask(rng, story, "describe") if describe else None
         asked.append([*drawn, described] if described else drawn)
-    batch = _assemble(model, tokenizer, features, asked, frames)
+    batch = _assemble(mini, features, asked, frames)
     batch.context = torch.stack(context) if context else None
     return batch
 
 
 def _assemble(
-    model: Qwen2_5_VLForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
-    features: list[Tensor],
-    asked: list[list[Question]],
-    frames: int,
+    mini: Architecture, features: list[Tensor], asked: list[list[Question]], frames: int
 ) -> Batch:
     rows, spans = [], []
-    vocabulary = tokenizer.get_vocab()
     for questions in asked:
         ids: list[int] = []
         target: list[int] = []
@@ -475,8 +454,8 @@ def _assemble(
         weight: list[float] = []
         span = []
         for number, question in enumerate(questions):
-            words = [vocabulary[word] for word in f"{question.text} <|assistant|>".split()]
-            answer = [vocabulary[word] for word in f"{question.answer} <|end|>".split()]
+            words = [TOKENS[word] for word in f"{question.text} <|assistant|>".split()]
+            answer = [TOKENS[word] for word in f"{question.answer} <|end|>".split()]
             ids += words + answer[:-1]  # <|end|> is predicted, not fed
             span.append((question, len(ids) - len(answer), len(ids)))
             target += [-100] * (len(words) - 1) + answer
@@ -492,12 +471,11 @@ def _assemble(
         return torch.tensor([[*row[which], *[fill] * (longest - len(row[0]))] for row in rows])
 
     owner_ids, offsets = padded(2, -1).long(), padded(3, 0).long()
-    prefix, text_start = _prefix_positions(model, frames, len(rows), int(offsets.max()) + 1)
-    text_positions = (text_start[:, None] + offsets)[None].expand(3, -1, -1)
+    prefix, text_start = mini.positions(frames)
+    text_positions = (text_start + offsets).expand(len(prefix), -1, -1)
     own = owner_ids[:, :, None] == owner_ids[:, None, :]
     own = own & torch.ones(longest, longest, dtype=torch.bool).tril()
-    n = prefix.shape[2]
-    mask = torch.cat([torch.ones(len(rows), longest, n, dtype=torch.bool), own], 2)[:, None]
+    seen = torch.ones(len(rows), longest, prefix.shape[1], dtype=torch.bool)
     order = torch.full((len(rows), longest, 3), -100)
     for row, span in enumerate(spans):
         for question, start, _ in span:
@@ -507,8 +485,8 @@ def _assemble(
         padded(0, 0).long(),
         padded(1, -100).long(),
         padded(4, 0.0).float(),
-        mask,
-        torch.cat([prefix, text_positions], 2),
+        torch.cat([seen, own], 2)[:, None],
+        torch.cat([prefix[:, None].expand(-1, len(rows), -1), text_positions], 2),
         spans,
         order,
     )
@@ -527,7 +505,7 @@ def _early_target(question: Question) -> Tensor:
     return target
 
 
-def thin(batch: Batch, rng: np.random.Generator) -> Batch:
+def thin(batch: Batch, frame_tokens: int, rng: np.random.Generator) -> Batch:
     """Leave out some of the media tokens, the same number in every video.
 
     A model that has only ever seen whole frames comes to lean on their background, as a place to
@@ -537,14 +515,14 @@ def thin(batch: Batch, rng: np.random.Generator) -> Batch:
     answers.
     """
     videos, tokens = batch.features.shape[:2]
-    frames = tokens // FRAME_TOKENS
+    frames = tokens // frame_tokens
     count = round(tokens * float(np.exp(rng.uniform(np.log(0.2), 0))))
     plain = batch.features.flatten(0, 1).median(0).values  # most tokens show background
     shows = (batch.features - plain).norm(dim=-1)
     noise = torch.from_numpy(rng.standard_normal((videos, tokens))).float()
     score = float(rng.choice([0, 0.5, 1, 3])) * shows / shows.std() + noise
-    best = shows.unflatten(1, (frames, FRAME_TOKENS)).argmax(-1)
-    best = best + torch.arange(frames) * FRAME_TOKENS
+    best = shows.unflatten(1, (frames, frame_tokens)).argmax(-1)
+    best = best + torch.arange(frames) * frame_tokens
     score.scatter_(1, best, torch.inf)
     kept = score.topk(count, dim=1).indices.sort(dim=1).values  # [B, count]
     sequence = torch.cat(
@@ -555,7 +533,7 @@ def thin(batch: Batch, rng: np.random.Generator) -> Batch:
         ],
         1,
     )
-    positions = batch.positions.gather(2, sequence.expand(3, -1, -1))
+    positions = batch.positions.gather(2, sequence.expand(len(batch.positions), -1, -1))
     return replace(
         batch,
         features=batch.features.take_along_dim(kept[..., None], 1),
@@ -565,56 +543,27 @@ def thin(batch: Batch, rng: np.random.Generator) -> Batch:
     )
 
 
-def _prefix_positions(
-    model: Qwen2_5_VLForConditionalGeneration, frames: int, videos: int, text: int
-) -> tuple[Tensor, Tensor]:
-    """The model's own positions: of the tokens before the text, and the first of the text."""
-    config = model.config
-    prefix = _prefix_ids(model, frames)
-    n = len(prefix)
-    ids = torch.cat([prefix, torch.zeros(text, dtype=torch.long)]).expand(videos, -1)
-    height, width = (side // PATCH for side in FRAME_SIZE)
-    positions, _ = model.model.get_rope_index(
-        ids,
-        2 * (ids == config.video_token_id).int(),
-        video_grid_thw=torch.tensor([[frames, height, width]] * videos),
-        second_per_grid_ts=torch.ones(videos),  # the processor tells no seconds
-    )
-    return positions[:, :, :n], positions[0, :, n]
-
-
-def _prefix_ids(model: Qwen2_5_VLForConditionalGeneration, frames: int) -> Tensor:
-    config = model.config
-    video = [config.video_token_id] * (frames * FRAME_TOKENS)
-    user = 2  # <|user|>, the third of SPECIAL
-    return torch.tensor([user, config.vision_start_token_id, *video, config.vision_end_token_id])
-
-
-def forward(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Tensor:
+def forward(mini: Architecture, batch: Batch) -> Tensor:
     """Logits at the question tokens, `[B, Q, V]`. Needs "mini_by_question" attention."""
-    return forward_with_hidden(model, batch)[0]
+    return forward_with_hidden(mini, batch)[0]
 
 
-def forward_with_hidden(
-    model: Qwen2_5_VLForConditionalGeneration, batch: Batch
-) -> tuple[Tensor, list[Tensor]]:
-    """Logits as `forward`, and the hidden states `[B, N + Q, D]` before and after each layer."""
-    language = model.model.language_model
-    embed = language.embed_tokens
-    n = batch.features.shape[1]
-    prefix = _prefix_ids(model, 0)
-    ends = embed(prefix[[0, 1, -1]]).expand(len(batch.text), -1, -1)
-    whole = [ends[:, :2], batch.features, ends[:, 2:], embed(batch.text)]
+def forward_with_hidden(mini: Architecture, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+    """Logits as `forward`, and the hidden states `[B, P + Q, D]` before and after each layer."""
+    embed = mini.decoder.embed_tokens
+    opening, ending = (
+        part.expand(len(batch.text), -1, -1) for part in (mini.embed(*mini.opening), mini.ending())
+    )
     with torch.autocast("cpu", torch.bfloat16):
-        output = language(
-            inputs_embeds=torch.cat(whole, 1),
+        output = mini.decoder(
+            inputs_embeds=torch.cat([opening, batch.features, ending, embed(batch.text)], 1),
             attention_mask={"full_attention": batch.mask},
-            position_ids=batch.positions,
+            position_ids=batch.positions.squeeze(0),  # a single axis has no dimension of its own
             use_cache=False,
             output_hidden_states=True,
         )
-    logits = F.linear(output.last_hidden_state[:, n + 3 :].float(), embed.weight)
-    return logits, list(output.hidden_states)
+    asked = output.last_hidden_state[:, -batch.text.shape[1] :].float()
+    return F.linear(asked, embed.weight), list(output.hidden_states)
 
 
 def loss_of(logits: Tensor, batch: Batch) -> Tensor:

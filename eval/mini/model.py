@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     GenerationConfig,
-    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessor,
@@ -16,67 +20,17 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from tokenprune.eval.mini.world import COLORS, NUMBERS, SHAPES
+from tokenprune.eval.mini.architecture import Architecture
+from tokenprune.eval.mini.vocabulary import CHAT_TEMPLATE, TOKENS, build_tokenizer
 
-__all__ = ["FRAME_SIZE", "FRAME_TOKENS", "build_model", "build_processor", "save"]
+__all__ = ["FRAME_SIZE", "FRAME_TOKENS", "Qwen", "build_model", "build_processor", "save"]
 
 PATCH, MERGE = 8, 2
 FRAME_SIZE = (48, 96)  # height, width after the video processor, for 16:9 pictures
 FRAME_TOKENS = (FRAME_SIZE[0] // PATCH // MERGE) * (FRAME_SIZE[1] // PATCH // MERGE)
+FRAME_PATCHES = FRAME_TOKENS * MERGE * MERGE
 # Brings 16:9 pictures to 48x96, square ones to 64x64, 4:3 ones to 64x80.
 PIXELS = {"shortest_edge": 4096, "longest_edge": 6144}
-
-SPECIAL = (
-    "<|pad|>",
-    "<|end|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<|unk|>",
-)
-GRAMMAR = "? . , what color is the shape came after before was first last how many times seen"
-WORDS = (
-    *GRAMMAR.split(),
-    *"there a an yes no describe then and thing which were".split(),
-    *NUMBERS,
-    *SHAPES,
-    *COLORS,
-)
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}<|assistant|>{% else %}<|user|>{% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% elif part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}<|end|>{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that lowercases and splits punctuation off."""
-    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.Replace(Regex("colour"), "color")]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        unk_token="<|unk|>",
-        additional_special_tokens=[s for s in SPECIAL if s.startswith("<|") and "unk" not in s][2:],
-        model_max_length=16384,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def build_processor() -> Qwen2VLProcessor:
@@ -104,12 +58,11 @@ def build_processor() -> Qwen2VLProcessor:
 
 def build_model(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     """A freshly initialised mini model in float32."""
-    tokens = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
     width = 128
-    ends = {"eos_token_id": tokens["<|end|>"], "pad_token_id": tokens["<|pad|>"]}
+    ends = {"eos_token_id": TOKENS["<|end|>"], "pad_token_id": TOKENS["<|pad|>"]}
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": len(tokens),
+            "vocab_size": len(TOKENS),
             "hidden_size": width,
             "intermediate_size": 3 * width,
             "num_hidden_layers": 4,
@@ -141,10 +94,10 @@ def build_model(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
             "out_hidden_size": width,
             "initializer_range": 0.04,
         },
-        image_token_id=tokens["<|image_pad|>"],
-        video_token_id=tokens["<|video_pad|>"],
-        vision_start_token_id=tokens["<|vision_start|>"],
-        vision_end_token_id=tokens["<|vision_end|>"],
+        image_token_id=TOKENS["<|image_pad|>"],
+        video_token_id=TOKENS["<|video_pad|>"],
+        vision_start_token_id=TOKENS["<|vision_start|>"],
+        vision_end_token_id=TOKENS["<|vision_end|>"],
         tie_word_embeddings=True,
         **ends,
     )
@@ -156,10 +109,97 @@ def build_model(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
 
 def save(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
     """Write weights in float16, configuration and processor to `folder`."""
-    state = {name: value.detach().half() for name, value in model.state_dict().items()}
-    dtype = model.config.dtype
-    model.save_pretrained(folder, state_dict=state)
-    model.config.dtype = dtype
-    build_processor().save_pretrained(folder)
-    for file in folder.iterdir():
-        file.chmod(0o644)
+    Qwen(model).save(folder)
+
+
+def _attention_by_frame(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Full attention inside each frame, all frames in one call: training only.
+
+    The model's own path calls the kernel once per frame.
+    """
+
+    def fold(x: Tensor) -> Tensor:  # [1, heads, frames * patches, d] -> [frames, heads, patches, d]
+        by_frame: Tensor = x[0].unflatten(1, (-1, FRAME_PATCHES))  # type: ignore[no-untyped-call]
+        return by_frame.transpose(0, 1)
+
+    # Written out: on these short rows the fused kernel's backward pass is ten times slower.
+    scale: float = query.shape[-1] ** -0.5
+    weights = (fold(query) * scale @ fold(key).transpose(-1, -2)).softmax(-1)
+    out = weights.to(value.dtype) @ fold(value)
+    return out.transpose(1, 2).flatten(0, 1)[None], None
+
+
+AttentionInterface.register("mini_by_frame", _attention_by_frame)
+AttentionMaskInterface.register("mini_by_frame", lambda *_, **__: None)
+
+
+class Qwen(Architecture):
+    """The mini Qwen2.5-VL: positions in time, height and width; the text's lie amid the frames'."""
+
+    frame_size = FRAME_SIZE
+    grid = (FRAME_SIZE[0] // PATCH // MERGE, FRAME_SIZE[1] // PATCH // MERGE)
+    source_sizes = (FRAME_SIZE,)
+    text_follows = False
+
+    model: Qwen2_5_VLForConditionalGeneration
+
+    build_model = staticmethod(build_model)
+    build_processor = staticmethod(build_processor)
+
+    def use_training_attention(self) -> None:
+        self.visual.config._attn_implementation = "mini_by_frame"
+        self.decoder.config._attn_implementation = "mini_by_question"
+
+    @property
+    def visual(self) -> Any:
+        return self.model.model.visual
+
+    @property
+    def feature_layer(self) -> nn.Linear:
+        layer: nn.Linear = self.visual.merger.mlp[2]
+        return layer
+
+    @property
+    def language(self) -> nn.Module:
+        language: nn.Module = self.model.model.language_model
+        return language
+
+    def encode(self, frames: NDArray[np.uint8]) -> Tensor:
+        pixels = patches(frames)
+        grid = torch.tensor([[len(frames), FRAME_SIZE[0] // PATCH, FRAME_SIZE[1] // PATCH]])
+        whole = torch.tensor([0, len(pixels)], dtype=torch.int32)
+        features: Tensor = self.visual(pixels, grid, cu_seqlens=whole).pooler_output
+        return features.view(len(frames), FRAME_TOKENS, -1)
+
+    def ending(self) -> Tensor:
+        return self.embed("<|vision_end|>")
+
+    def positions(self, frames: int) -> tuple[Tensor, int]:
+        video = TOKENS["<|video_pad|>"]
+        opening = [TOKENS[word] for word in self.opening]
+        after = [TOKENS["<|vision_end|>"], TOKENS["<|unk|>"]]
+        ids = torch.tensor([[*opening, *[video] * (frames * FRAME_TOKENS), *after]])
+        height, width = (side // PATCH for side in FRAME_SIZE)
+        positions, _ = self.model.model.get_rope_index(
+            ids,
+            2 * (ids == video).int(),
+            video_grid_thw=torch.tensor([[frames, height, width]]),
+            second_per_grid_ts=torch.ones(1),  # the processor tells no seconds
+        )
+        return positions[:, 0, :-1], int(positions[0, 0, -1])
+
+
+def patches(frames: NDArray[np.uint8]) -> Tensor:
+    """The video processor's patches of frames `[n, 48, 96, 3]`: `[n * 72, 192]`."""
+    n, height, width, _ = frames.shape
+    step = PATCH * MERGE
+    pixels = torch.from_numpy(frames).float() / 127.5 - 1
+    grid = pixels.view(n, height // step, MERGE, PATCH, width // step, MERGE, PATCH, 3)
+    return grid.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(-1, 3 * PATCH * PATCH)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from tokenprune.eval.mini.model import FRAME_SIZE, FRAME_TOKENS, MERGE, PATCH
+from tokenprune.eval.mini.architecture import Architecture
+from tokenprune.eval.mini.videos import resized
 from tokenprune.eval.mini.world import (
     COLORS,
     SECOND_THING,
@@ -26,40 +26,11 @@ from tokenprune.eval.mini.world import (
     stream,
 )
 
-__all__ = ["Heads", "encode_frames", "patches", "train_tower"]
+__all__ = ["Heads", "draw_frames", "train_tower"]
 
 logger = logging.getLogger(__name__)
 
-FRAME_PATCHES = FRAME_TOKENS * MERGE * MERGE
 ON, OFF = 0.04, 0.004  # share of a token's area: above it shows the thing, below it does not
-
-
-def _attention_by_frame(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Full attention inside each frame, all frames in one call: training only.
-
-    The model's own path calls the kernel once per frame.
-    """
-
-    def fold(x: Tensor) -> Tensor:  # [1, heads, frames * patches, d] -> [frames, heads, patches, d]
-        by_frame: Tensor = x[0].unflatten(1, (-1, FRAME_PATCHES))  # type: ignore[no-untyped-call]
-        return by_frame.transpose(0, 1)
-
-    # Written out: on these short rows the fused kernel's backward pass is ten times slower.
-    scale: float = query.shape[-1] ** -0.5
-    weights = (fold(query) * scale @ fold(key).transpose(-1, -2)).softmax(-1)
-    out = weights.to(value.dtype) @ fold(value)
-    return out.transpose(1, 2).flatten(0, 1)[None], None
-
-
-AttentionInterface.register("mini_by_frame", _attention_by_frame)
-AttentionMaskInterface.register("mini_by_frame", lambda *_, **__: None)
 
 
 class Heads(nn.Module):
@@ -71,28 +42,25 @@ class Heads(nn.Module):
         self.color = nn.Linear(width, 1 + len(COLORS))
 
 
-def patches(frames: NDArray[np.uint8]) -> Tensor:
-    """The video processor's patches of frames `[n, 48, 96, 3]`: `[n * 72, 192]`."""
-    n, height, width, _ = frames.shape
-    step = PATCH * MERGE
-    pixels = torch.from_numpy(frames).float() / 127.5 - 1
-    grid = pixels.view(n, height // step, MERGE, PATCH, width // step, MERGE, PATCH, 3)
-    return grid.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(-1, 3 * PATCH * PATCH)
+def draw_frames(
+    mini: Architecture, rng: np.random.Generator, clips: Clips, progress: NDArray[np.floating[Any]]
+) -> tuple[NDArray[np.uint8], Tensor]:
+    """Render frame i of `clips[i]` as the tower sees it.
+
+    Returns:
+        Frames uint8 `[n, height, width, 3]`, and how much of each media token's area each thing
+        covers, float32 `[n, 2, tokens]`.
+    """
+    soft = rng.uniform(0.7, 1.5)
+    sizes = mini.source_sizes
+    size = sizes[rng.integers(len(sizes))] if len(sizes) > 1 else sizes[0]
+    frames, cover = render(rng, clips, progress, size, soft=soft)
+    share = F.adaptive_avg_pool2d(torch.from_numpy(cover), mini.grid).flatten(2)
+    return resized(frames, mini.frame_size), share
 
 
-def encode_frames(visual: nn.Module, frames: NDArray[np.uint8]) -> Tensor:
-    """Tower features of frames `[n, 48, 96, 3]`: `[n, 18, D]`. Needs "mini_by_frame" attention."""
-    pixels = patches(frames)
-    grid = torch.tensor([[len(frames), FRAME_SIZE[0] // PATCH, FRAME_SIZE[1] // PATCH]])
-    whole = torch.tensor([0, len(pixels)], dtype=torch.int32)
-    features: Tensor = visual(pixels, grid, cu_seqlens=whole).pooler_output
-    return features.view(len(frames), FRAME_TOKENS, -1)
-
-
-def token_targets(clips: Clips, cover: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
-    """Shape and colour classes per token `[n, 18]`; 0 shows no thing, -100 is not asked."""
-    step = PATCH * MERGE
-    share = F.avg_pool2d(torch.from_numpy(cover), step).flatten(2)  # [n, 2, 18]
+def token_targets(clips: Clips, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Shape and colour classes per token `[n, tokens]`; 0 shows no thing, -100 is not asked."""
     which = share.argmax(1)
     clear = share.amax(1).gt(ON) & share.amin(1).lt(OFF)
     nothing = share.amax(1).lt(OFF)
@@ -117,11 +85,10 @@ def draw_things(rng: np.random.Generator, n: int) -> list[tuple[Thing, ...]]:
 
 
 def train_tower(
-    visual: PreTrainedModel, *, minutes: float, seed: int, checkpoint: Path, batch: int = 64
+    mini: Architecture, *, minutes: float, seed: int, checkpoint: Path, batch: int = 64
 ) -> None:
-    """Train the tower for `minutes`, or go on from `checkpoint`; fold the feature scale in."""
-    width = visual.config.out_hidden_size
-    heads = Heads(width)
+    """Train the tower for `minutes`, and write it to `checkpoint` now and then."""
+    visual, heads = mini.visual, Heads(mini.width)
     parameters = [*visual.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, 1e-3, weight_decay=0.01, betas=(0.9, 0.98))
     start, step = time.time(), 0
@@ -131,11 +98,10 @@ def train_tower(
         for group in optimizer.param_groups:
             group["lr"] = 1.6e-3 * min(1, step / 150) * (0.02 + 0.98 * (1 - done))
         clips = draw_clips(rng, draw_things(rng, batch))
-        soft = rng.uniform(0.7, 1.5)
-        frames, cover = render(rng, clips, rng.random(batch), FRAME_SIZE, soft=soft)
-        shape, color = token_targets(clips, cover)
+        frames, share = draw_frames(mini, rng, clips, rng.random(batch))
+        shape, color = token_targets(clips, share)
         with torch.autocast("cpu", torch.bfloat16):
-            features = encode_frames(visual, frames)
+            features = mini.encode(frames)
         shapes, colors = heads.shape(features.float()), heads.color(features.float())
         loss = F.cross_entropy(shapes.flatten(0, 1), shape.flatten(), ignore_index=-100)
         loss = loss + F.cross_entropy(colors.flatten(0, 1), color.flatten(), ignore_index=-100)

@@ -1,23 +1,25 @@
-"""Train the mini video model: `python -m tokenprune.eval.mini.train tower`, and so on.
+"""Train a mini video model: `python -m tokenprune.eval.mini.train tower`, and so on.
 
 Three stages, each of which goes on from its checkpoint in the run folder: `tower` (per-token
 targets), `language` (a curriculum on a bank of frame features) and `joint` (tower and language
 model together on rendered videos). `export` writes the shipped folder; `--start` goes on from it
-where the run folder is empty.
+where the run folder is empty. `--architecture llava` trains the second model, in a run folder of
+its own.
 """
 
 from __future__ import annotations
 
 import logging
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 import typer
-from torch import nn
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
+from tokenprune.eval.mini.architecture import Architecture
 from tokenprune.eval.mini.curriculum import JOINT, train_language
 from tokenprune.eval.mini.language import (
     Bank,
@@ -26,14 +28,26 @@ from tokenprune.eval.mini.language import (
     balancing,
     build_bank,
 )
-from tokenprune.eval.mini.model import build_model, build_processor, save
-from tokenprune.eval.mini.tower import encode_frames, train_tower
-from tokenprune.eval.mini.videos import sampled_frames
+from tokenprune.eval.mini.llava import Llava
+from tokenprune.eval.mini.model import Qwen
+from tokenprune.eval.mini.tower import train_tower
+from tokenprune.eval.mini.videos import resized, sampled_frames
 from tokenprune.eval.mini.world import Story, stream
 
 logger = logging.getLogger(__name__)
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
+
+class Name(StrEnum):
+    """The architectures."""
+
+    qwen = "qwen"
+    llava = "llava"
+
+
+ARCHITECTURES: dict[Name, type[Architecture]] = {Name.qwen: Qwen, Name.llava: Llava}
+
+Kind = Annotated[Name, typer.Option("--architecture", help="Which of the models.")]
 Run = Annotated[Path, typer.Option(help="Folder of checkpoints.")]
 Seed = Annotated[int, typer.Option(help="Seed of the initial weights and of the videos.")]
 Threads = Annotated[int, typer.Option(help="Processor threads.")]
@@ -43,23 +57,21 @@ Start = Annotated[
 
 
 def training_model(
-    run: Path, seed: int, start: Path | None = None
-) -> Qwen2_5_VLForConditionalGeneration:
+    architecture: Name, run: Path, seed: int, start: Path | None = None
+) -> Architecture:
     """The model with whatever the run folder has learned so far, attention set for training."""
-    model = build_model(seed)
+    mini = ARCHITECTURES[architecture].fresh(seed)
     if start is not None:
-        learned = Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
-        model.load_state_dict(learned.state_dict())
-    model.model.visual.config._attn_implementation = "mini_by_frame"
-    model.model.language_model.config._attn_implementation = "mini_by_question"
+        learned = AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32)
+        mini.model.load_state_dict(learned.state_dict())
     for name in ("tower", "language", "joint"):  # later stages hold what earlier ones learned
         if (path := run / f"{name}.pt").exists():
             saved = torch.load(path)
             if "visual" in saved:
-                model.model.visual.load_state_dict(saved["visual"])
+                mini.visual.load_state_dict(saved["visual"])
             if "language" in saved:
-                model.model.language_model.load_state_dict(saved["language"])
-    return model
+                mini.language.load_state_dict(saved["language"])
+    return mini
 
 
 def set_up(run: Path, threads: int = 1) -> None:
@@ -72,28 +84,31 @@ def set_up(run: Path, threads: int = 1) -> None:
 
 
 @app.command()
-def tower(run: Run = Path("runs/mini"), minutes: float = 12.5, seed: Seed = 0) -> None:
+def tower(
+    run: Run = Path("runs/mini"),
+    minutes: float = 12.5,
+    seed: Seed = 0,
+    architecture: Kind = Name.qwen,
+) -> None:
     """Train the vision tower with per-token targets."""
     set_up(run)
-    model = training_model(run, seed)
-    train_tower(model.model.visual, minutes=minutes, seed=seed, checkpoint=run / "tower.pt")
+    mini = training_model(architecture, run, seed)
+    train_tower(mini, minutes=minutes, seed=seed, checkpoint=run / "tower.pt")
 
 
-def load_bank(
-    run: Path, model: Qwen2_5_VLForConditionalGeneration, seed: int, balanced: bool = False
-) -> Bank:
+def load_bank(run: Path, mini: Architecture, seed: int, balanced: bool = False) -> Bank:
     """The bank of the run folder, built on first use; a fresh tower is balanced for it."""
     path = run / "bank.pt"
     if not path.exists():
-        bank = build_bank(model.model.visual, stream("train", 3, seed))
+        bank = build_bank(mini, stream("train", 3, seed))
         if not balanced:
             change = balancing(bank)
             bank.data = (bank.data.float() @ change.T).half()
-            last = model.model.visual.merger.mlp[2]
+            last = mini.feature_layer
             with torch.no_grad():
                 last.weight.copy_(change @ last.weight)
                 last.bias.copy_(change @ last.bias)
-        torch.save({"visual": model.model.visual.state_dict()}, run / "tower.pt")
+        torch.save({"visual": mini.visual.state_dict()}, run / "tower.pt")
         things = [[(t.shape, t.color) for t in shown] for shown in bank.things]
         torch.save({"data": bank.data, "things": things}, path)
         logger.info("bank of %d clips, deviation %.3f", len(bank.data), bank.data.float().std())
@@ -107,22 +122,21 @@ def language(
     seed: Seed = 0,
     threads: Threads = 1,
     start: Start = None,
+    architecture: Kind = Name.qwen,
     lateness: Annotated[
         bool, typer.Option(help="Give `last` its head with --start, too: the shipped model did.")
     ] = False,
 ) -> None:
     """Train the language model on the bank, short videos first."""
     set_up(run, threads)
-    model = training_model(run, seed, start)
-    bank = load_bank(run, model, seed, balanced=start is not None)
-    tokenizer = build_processor().tokenizer
+    mini = training_model(architecture, run, seed, start)
+    bank = load_bank(run, mini, seed, balanced=start is not None)
     if start is None:
-        align_words(model, tokenizer, bank)  # a checkpoint overwrites it
-    if start is None or lateness:
-        align_lateness(model, tokenizer, bank, seed)
+        align_words(mini, bank)  # a checkpoint overwrites it
+    if not mini.text_follows and (start is None or lateness):
+        align_lateness(mini, bank, seed)
     train_language(
-        model,
-        tokenizer,
+        mini,
         bank,
         minutes=minutes,
         seed=seed,
@@ -136,15 +150,17 @@ class Rendered:
     pairs = None
     nothing = None
 
-    def __init__(self, visual: nn.Module) -> None:
-        self.visual = visual
+    def __init__(self, mini: Architecture) -> None:
+        self.mini = mini
 
     def features(
         self, rng: np.random.Generator, story: Story, frames: int, phase: float
     ) -> torch.Tensor:
-        pictures = sampled_frames(rng, story, frames=frames, phase=phase)
+        sizes = self.mini.source_sizes
+        size = sizes[rng.integers(len(sizes))] if len(sizes) > 1 else sizes[0]
+        pictures = sampled_frames(rng, story, frames=frames, phase=phase, size=size)
         with torch.autocast("cpu", torch.bfloat16):
-            return encode_frames(self.visual, pictures).float()
+            return self.mini.encode(resized(pictures, self.mini.frame_size)).float()
 
 
 @app.command()
@@ -154,19 +170,19 @@ def joint(
     seed: Seed = 0,
     threads: Threads = 1,
     start: Start = None,
+    architecture: Kind = Name.qwen,
 ) -> None:
     """Train tower and language model together on rendered videos."""
     set_up(run, threads)
-    model = training_model(run, seed, start)
+    mini = training_model(architecture, run, seed, start)
     train_language(
-        model,
-        build_processor().tokenizer,
-        Rendered(model.model.visual),
+        mini,
+        Rendered(mini),
         minutes=minutes,
         seed=seed + 1000,
         checkpoint=run / "joint.pt",
         peak=4e-4,
-        tower=model.model.visual,
+        tower=mini.visual,
         stages=JOINT,
     )
 
@@ -175,9 +191,10 @@ def joint(
 def export(
     folder: Annotated[Path, typer.Argument(help="Folder to write.")],
     run: Run = Path("runs/mini"),
+    architecture: Kind = Name.qwen,
 ) -> None:
     """Write weights in float16, configuration and processor."""
-    save(training_model(run, 0), folder)
+    training_model(architecture, run, 0).save(folder)
 
 
 if __name__ == "__main__":
