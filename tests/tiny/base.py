@@ -60,7 +60,7 @@ def pad_batch(a: Inputs, b: Inputs) -> Inputs:
     batch = {}
     for key, first in a.items():
         second = b[key]
-        if key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if key in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
             first, second = _pad_left(first, length), _pad_left(second, length)
         elif not isinstance(first, Tensor):
             batch[key] = first

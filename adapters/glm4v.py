@@ -1,0 +1,29 @@
+"""GLM-4.1V: as Qwen2-VL, with a text timestamp after each frame."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from tokenprune.adapters.qwen2_vl import Qwen2VL
+from tokenprune.layout import Modality
+
+__all__ = ["Glm4v"]
+
+
+class Glm4v(Qwen2VL):
+    """GLM-4.1V. Frames and images share one placeholder: those of a clip stand within its marks."""
+
+    model_types = ("glm4v",)
+    modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
+
+    def token_ids(self) -> dict[Modality, int]:
+        return dict.fromkeys(self.modalities, self.config.image_token_id)
+
+    def placeholders(self, input_ids: Tensor) -> dict[Modality, Tensor]:
+        held = input_ids == self.config.image_token_id
+        started = (input_ids == self.config.video_start_token_id).cumsum(dim=1)
+        ended = (input_ids == self.config.video_end_token_id).cumsum(dim=1)
+        filmed = started > ended
+        return {"image": held & ~filmed, "video": held & filmed}
