@@ -26,7 +26,8 @@ __all__ = [
     "new_cache",
 ]
 
-# A sliding layer forgets in steps, so that decoding does not rebuild its tensors at each token.
+# A sliding layer remembers this many tokens beyond its window, so that tokens can be taken back,
+# and forgets in steps as large, so that decoding does not rebuild its tensors at each token.
 _SLACK = 64
 
 
@@ -76,6 +77,8 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
 
     Attributes:
         index: `[B, H, S]`, or `[B, 1, S]` while all heads hold the same; -1 for holes.
+        shown: The end of `index`: what the newest queries are given, without what lies outside
+            the windows of all of them.
         holes: Whether `index` has any.
         seen: Logical length: tokens that went by, kept or not.
         window: How far back queries look; None for full attention.
@@ -92,16 +95,24 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
 
     def _clear(self) -> None:
         self.index: Tensor | None = None
+        self.shown: Tensor | None = None
         self.holes = False
         self.seen = 0
         self._tail = 0  # columns appended since the last selection: the same tokens in all heads
+        self._forgotten = -1  # the last token that the window has left behind for good
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.index = self.clock.extend(self.index)
+        self.index = self.shown = self.clock.extend(self.index)
         self.holes = self.holes or self.clock.holes
-        self.seen = self.clock.end
+        fresh, self.seen = self.clock.end - self.seen, self.clock.end
         self._tail += keys.shape[-2]
-        return super().update(keys, values, *args, **kwargs)
+        keys, values = super().update(keys, values, *args, **kwargs)
+        if self.window is None or keys.shape[-2] < self.window + fresh:
+            return keys, values
+        # As an unpruned cache does: with masked keys in front, sums would round differently.
+        first = 1 - self.window - fresh
+        self.shown = self.index[..., first:]
+        return keys[..., first:, :], values[..., first:, :]
 
     def get_seq_length(self) -> int:
         """Logical length. Positions, masks and turns all rest on it."""
@@ -124,16 +135,21 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         self.index = torch.where(columns >= 0, index, -1)
         self._tail = 0
 
-    def evict(self) -> None:
-        """Forget what no later query can see. Called after the attention that still needed it."""
+    def evict(self) -> bool:
+        """Forget what no later query can see. Called after the attention that still needed it.
+
+        Returns:
+            Whether anything was forgotten: this is done in steps.
+        """
         if self.window is None or self.index is None or self.clock.rows is None:
-            return
-        if self.index.shape[-1] < self.window + _SLACK:
-            return
-        last = self.clock.rows.max(dim=1).values.view(-1, 1, 1)
-        visible = self.index > last + 1 - self.window
-        self.select(pack_mask(visible))
+            return False
+        if self.index.shape[-1] < self.window + 2 * _SLACK:
+            return False
+        last = int(self.clock.rows.max(dim=1).values.min())
+        self._forgotten = max(self._forgotten, last + 1 - self.window - _SLACK)
+        self.select(pack_mask(self.index > self._forgotten))
         self.holes = bool((self.index < 0).any())
+        return True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens.
@@ -147,7 +163,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         removed = self.seen - max(0, length)
         if removed <= 0:
             return
-        if self.window is not None and removed > _SLACK:
+        if self.window is not None and 0 <= self._forgotten > length - self.window:
             raise UnsupportedModelError(
                 f"cannot take back {removed} tokens: layers with a sliding window of {self.window} "
                 f"remember {_SLACK} tokens beyond it; roll back less, or start with a fresh cache"
@@ -253,7 +269,8 @@ def full_cache_bytes(cache: Cache) -> int:
     total = 0
     for layer in cache.layers:
         if layer.is_initialized:
-            length = min(layer.seen, layer.window or layer.seen)
+            # A window includes the query's own token, which is not there yet.
+            length = layer.seen if layer.window is None else min(layer.seen, layer.window - 1)
             per_token = sum(
                 tensor.shape[0] * tensor.shape[1] * tensor.shape[3] * tensor.element_size()
                 for tensor in (layer.keys, layer.values)

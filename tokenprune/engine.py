@@ -537,7 +537,7 @@ class Patch:
         **kwargs: Any,
     ) -> LazyMask:
         # A window that holds all there is changes nothing, and plain causal masks are fastest.
-        if local_size is not None and int(kv_length) <= local_size and not kwargs.get("use_vmap"):
+        if local_size is not None and int(kv_length) < local_size and not kwargs.get("use_vmap"):
             mask_function = causal_mask_function
         return LazyMask(mask_function, attention_mask)
 
@@ -556,7 +556,7 @@ class Patch:
                 module, query, key, value, attention_mask, **kwargs
             )
         layer = self._cache.layers[module.layer_idx] if self._cache is not None else None
-        keys = flight.rows[:, None] if layer is None else layer.index
+        keys = flight.rows[:, None] if layer is None else layer.shown
         holes = flight.holes if layer is None else layer.holes
         name, mask = mask_for_kernel(attention_mask, self._base, query, flight.rows, keys, holes)
         self.report.kernel(self._base, name)
@@ -566,7 +566,8 @@ class Patch:
         if layer is not None:
             if self._prefill is not None:
                 self._run_cache_stages(module.layer_idx, layer, query, attention_mask, kwargs)
-            layer.evict()
+            if layer.evict() and self._prefill is not None:
+                self._prefill.leave_window(module.layer_idx, layer)
         return output
 
     def _run_cache_stages(
@@ -578,7 +579,9 @@ class Patch:
         if not stages:
             return
         if layer.window is not None:
-            prefill.call.warnings.append(f"layer {number} has a sliding window: cache left alone")
+            warning = "layers with a sliding window forget by themselves: their caches are kept"
+            if warning not in prefill.call.warnings:
+                prefill.call.warnings.append(warning)
             return
         row = None
         if any("attention_rows" in stage.needs for stage in stages):

@@ -205,6 +205,13 @@ class Prefill:
 
     # -- caches
 
+    def leave_window(self, number: int, layer: PrunedLayer) -> None:
+        """Note how many media tokens a layer with a sliding window still stores."""
+        assert layer.index is not None
+        for sample in self.samples:
+            stored = torch.isin(sample.layout.position, layer.index[sample.number, 0])
+            self.entries[sample.number, number] = int(stored.sum())
+
     def prune_cache(
         self,
         stages: list[Stage],
