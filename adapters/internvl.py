@@ -46,23 +46,28 @@ class InternVL(Adapter):
         return Tower(layers[last - 1], prefix_tokens=1) if last > 0 else None
 
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
-        shuffled = self._shuffled()
-        side = self._side(call) * shuffled
-        pooled = functional.avg_pool2d(torch.stack(maps).reshape(-1, side, side), shuffled)
+        side = self._side(call) * self._shuffled
+        pooled = functional.avg_pool2d(torch.stack(maps).reshape(-1, side, side), self._shuffled)
         return list(torch.split(pooled.flatten(), [len(item.row) for item in call.items]))
 
     def grey(self, call: MediaCall) -> list[Tensor] | None:
-        side = self.config.vision_config.patch_size[0]
-        return list(self.normalisation.grey(patches(call.arguments["pixel_values"], side)))
+        return list(self.normalisation.grey(patches(call.arguments["pixel_values"], self._patch)))
 
+    # -- for this family and those built on it
+
+    @property
+    def _patch(self) -> int:
+        """Pixels along a side of a patch."""
+        return int(self.config.vision_config.patch_size[0])
+
+    @property
     def _shuffled(self) -> int:
         """Patches along a side of a token."""
         return int(round(1 / self.config.downsample_ratio))
 
     def _side(self, call: MediaCall) -> int:
         """Tokens along a side of a tile."""
-        patch = self.config.vision_config.patch_size[0]
-        return int(call.arguments["pixel_values"].shape[-1] // patch // self._shuffled())
+        return int(call.arguments["pixel_values"].shape[-1] // self._patch // self._shuffled)
 
     def _tiles(self, tiles: int, tokens: int, ids: Tensor | None) -> list[int]:
         """Tiles of each image: the placeholders of an image are one unbroken run.

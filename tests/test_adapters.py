@@ -18,7 +18,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.tiny import FAMILIES, IMAGE, NAMES, Tiny, build, family_of
+from tests.contract.cases import NO_BEAMS
+from tests.tiny import (
+    FAMILIES,
+    IMAGE,
+    NAMES,
+    VISION_END,
+    VISION_START,
+    Tiny,
+    build,
+    family_of,
+)
+from tests.tiny.grids import VIDEO_END, VIDEO_START
+from tests.tiny.tiles import GLOBAL
+from tokenprune import prune
 from tokenprune.adapter import Adapter, MediaCall, adapter_for, list_models
 from tokenprune.adapters.qwen2_audio import sounds
 from tokenprune.errors import UnsupportedModelError
@@ -29,8 +42,13 @@ CHANNELS = 4
 CLASS_TOKEN = 999.0
 NEWLINE = -1.0
 
-QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2_5_omni")
-PAINTED = [name for name in NAMES if name not in ("qwen2_audio", "llava_pixtral")]
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2_5_omni", "qwen3_vl_moe", "glm4v")
+GRIDS = (*QWEN, "video_llama_3")
+"""Families whose towers put pictures of any size into one sequence."""
+IDEFICS = ("idefics3", "smolvlm")
+PIXTRAL = ("llava_pixtral", "mistral3")
+PERCEIVING = ("longva", "perception_lm")
+PAINTED = [name for name in NAMES if name != "qwen2_audio"]
 
 
 @dataclass
@@ -58,7 +76,8 @@ def watching(tiny: Tiny) -> Iterator[Seen]:
             if inside:
                 return encode(*args, **kwargs)
             bound = signature.bind(*args, **kwargs).arguments
-            call = MediaCall(modality, {**bound, **bound.pop("kwargs", {})})
+            arguments = {**bound, **bound.pop("kwargs", {})}
+            call = MediaCall(adapter.modality(modality, arguments, seen.prompt), arguments)
             seen.calls.append(call)
             inside.append(call)
             try:
@@ -122,15 +141,65 @@ class Paint:
         tower = adapter.tower("video" if "video" in self.values else "image")
         assert tower is not None
         self.tower = tower
-        if family_of(self.tiny.name) in QWEN:
+        family = family_of(self.tiny.name)
+        if family in QWEN:
             visual = self.base.visual
             if hasattr(visual, "pos_embed"):
                 visual.pos_embed.weight.zero_()
-            self.hook(visual.patch_embed, lambda x, y: passed_on(self.next_values(), y.shape[-1]))
+            self.hook(visual.patch_embed, self.begin)
             for block in visual.blocks:
-                self.hook(block, lambda x, y: x)
+                self.hook(block, self.leave)
             self.hook(tower.block, self.note)
-            self.hook(visual.merger, self.merge)
+            if family == "glm4v":
+                for norm in (visual.post_conv_layernorm, visual.embeddings, visual.post_layernorm):
+                    self.hook(norm, self.leave)
+                self.hook(visual.downsample, self.shrink)
+                self.hook(visual.merger, self.leave)
+            else:
+                self.hook(visual.merger, self.merge)
+        elif family == "video_llama_3":
+            vision = self.base.vision_model
+            self.hook(vision.embeddings, self.begin)
+            for block in vision.encoder.layers:
+                self.hook(block, self.leave)
+            self.hook(tower.block, self.note)
+            self.hook(vision.post_layernorm, self.leave)
+            self.hook(self.base.projector, lambda x, y: passed_on(x, self.width))
+        elif family in IDEFICS:
+            self.hook(tower.block, self.cover)
+            self.hook(self.base.vision_model.post_layernorm, self.leave)
+            self.hook(self.base.connector.modality_projection, self.project)
+        elif family == "gemma3":
+            self.hook(tower.block, self.cover)
+            self.hook(self.base.vision_tower.post_layernorm, self.leave)
+            projector = self.base.multi_modal_projector
+            self.hook(projector.mm_soft_emb_norm, self.leave)
+            torch.nn.init.eye_(projector.mm_input_projection_weight)
+        elif family == "mistral3":
+            projector = self.base.multi_modal_projector
+            self.hook(tower.block, self.cover)
+            self.hook(projector.patch_merger.merging_layer, self.unfold)
+            self.hook(projector.linear_1, lambda x, y: passed_on(x, self.width))
+            for module in (projector.norm, projector.act, projector.linear_2):
+                self.hook(module, self.leave)
+        elif family == "aya_vision":
+            projector = self.base.multi_modal_projector
+            self.hook(tower.block, self.cover)
+            self.hook(projector.layernorm, self.leave)
+            self.hook(projector.linear_1, self.keep)
+            self.hook(projector.linear_2, self.give)
+        elif family in PERCEIVING:
+            projector = self.base.multi_modal_projector
+            self.hook(tower.block, self.cover)
+            if hasattr(self.base.vision_tower, "timm_model"):
+                self.hook(self.base.vision_tower.timm_model.norm, self.leave)
+            self.hook(projector.linear_1, lambda x, y: passed_on(x, self.width))
+            for module in (projector.gelu, projector.linear_2):
+                self.hook(module, self.leave)
+        elif family == "video_llava":
+            for modality in self.values:
+                self.hook(adapter.tower(modality).block, self.cover)
+            self.hook(self.base.multi_modal_projector, self.project)
         else:
             self.hook(tower.block, self.cover)
             self.hook(self.base.multi_modal_projector, self.project)
@@ -156,6 +225,15 @@ class Paint:
         self.modality = next(name for name in ("image", "video") if name in self.values)
         return self.values.pop(self.modality)
 
+    def begin(self, hidden: Tensor, output: Tensor) -> Tensor:
+        return passed_on(self.next_values(), output.shape[-1])
+
+    def leave(self, hidden: Tensor, output: Tensor) -> Tensor:
+        return hidden
+
+    def shrink(self, hidden: Tensor, output: Tensor) -> Tensor:
+        return passed_on(hidden.mean(dim=(2, 3)), self.width)
+
     def cover(self, hidden: Tensor, output: Tensor) -> Tensor:
         values = self.next_values().reshape(len(output), -1, CHANNELS)
         self.encoded[self.modality] = values
@@ -166,8 +244,19 @@ class Paint:
         self.encoded[self.modality] = output[..., :CHANNELS]
         return output
 
+    def unfold(self, hidden: Tensor, output: Tensor) -> Tensor:
+        return passed_on(hidden.unflatten(1, (-1, 4)).mean(dim=2), output.shape[1])
+
+    def keep(self, hidden: Tensor, output: Tensor) -> Tensor:
+        self.kept = passed_on(hidden.unflatten(3, (4, -1)).mean(dim=3), self.width)
+        return output
+
+    def give(self, hidden: Tensor, output: Tensor) -> Tensor:
+        return self.kept
+
     def project(self, hidden: Tensor, output: Tensor) -> Tensor:
-        if self.tiny.name == "internvl":  # the channels of four patches lie side by side
+        if family_of(self.tiny.name) in ("internvl", *IDEFICS):
+            # The channels of four patches lie side by side.
             hidden = hidden.reshape(*hidden.shape[:2], 4, -1).mean(dim=2)
         return passed_on(hidden, self.width)
 
@@ -213,15 +302,55 @@ def per_frame(patches: Tensor, first: int) -> list[tuple[int, Tensor]]:
     return [(first + frame, patches[patches[:, 0] == frame]) for frame in frames]
 
 
-def qwen_values(inputs: dict[str, Any]) -> dict[str, Tensor]:
+def grid_values(inputs: dict[str, Any]) -> dict[str, Tensor]:
     values = {}
     for name in ("image", "video"):
         parts: list[tuple[int, Tensor]] = []
+        merges = inputs.get(f"{name}_merge_sizes", torch.tensor([2])).tolist()
+        order = merged_raster if merges[0] == 2 else raster
         for grid in inputs.get(f"{name}_grid_thw", torch.empty(0)).tolist():
-            parts += per_frame(merged_raster(*grid), len(parts))
+            parts += per_frame(order(*grid), len(parts))
         if parts:
             values[name] = numbered(parts)
     return values
+
+
+def idefics_values(name: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Two rows of three tiles and the whole image, then an image in one piece; or one tiling."""
+    views = (inputs["pixel_values"] != 0).flatten(2).any(dim=2).sum(dim=1).tolist()
+    parts = []
+    for count in views:
+        tilings = [(0, 0)] * count if name.endswith("_frames") else TILINGS[count]
+        for rows, columns in tilings:
+            tiles = [
+                raster(1, 4, 4) + torch.tensor([0, 4 * y, 4 * x])
+                for y in range(rows)
+                for x in range(columns)
+            ]
+            if tiles:
+                parts.append((len(parts), torch.cat(tiles)))
+            parts.append((len(parts), raster(1, 4, 4)))
+    return {"image": numbered(parts)}
+
+
+def kin_values(name: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Views in the order of encoding; those of a Pixtral tower have any size."""
+    values = {}
+    if "pixel_values" in inputs:
+        count = inputs["pixel_values"].shape[:-3].numel()
+        sides = inputs["image_sizes"] // 14 if name in PIXTRAL else torch.full((count, 2), 4)
+        parts = [(n, raster(1, *side)) for n, side in enumerate(sides.tolist())]
+        values["image"] = numbered(parts)
+    if "pixel_values_videos" in inputs:
+        count = inputs["pixel_values_videos"].shape[:2].numel()
+        clips = len(inputs["pixel_values_videos"])
+        values["video"] = numbered(per_frame(raster(count, 4, 4), 0))
+        values["video"][:, 1] %= count // clips
+    return values
+
+
+TILINGS = {8: [(2, 3), (0, 0)], 3: [(2, 1)]}
+"""Rows and columns of tiles of each image of a prompt, by its number of views."""
 
 
 def vit_values(name: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -250,17 +379,25 @@ CROPPED = {(90, 112): (1, 0), (50, 112): (0, 0), (180, 112): (2, 0), (56, 56): (
 
 
 def patches_of(name: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    if family_of(name) in QWEN:
-        return qwen_values(inputs)
+    if family_of(name) in GRIDS:
+        return grid_values(inputs)
+    if family_of(name) in IDEFICS:
+        return idefics_values(name, inputs)
+    if name in PIXTRAL or family_of(name) in (*PERCEIVING, "aya_vision", "video_llava"):
+        return kin_values(name, inputs)
     return vit_values(name, inputs)
 
 
 def expected(name: str, inputs: dict[str, Any], layout: TokenLayout, b: int) -> Tensor:
     """Frame, row and column of the patches below each token, on average: `[N, 3]`."""
     place = torch.stack([layout.row, layout.column], dim=1).float()
-    if family_of(name) in QWEN or name in ("internvl", "llava_onevision", "llava_next_video"):
+    halved = (*QWEN, *IDEFICS, *PERCEIVING, "aya_vision", "gemma3", "internvl", "mistral3")
+    if family_of(name) in halved or name in ("llava_onevision", "llava_next_video"):
         place = 2 * place + 0.5
-    elif "image_sizes" in inputs and name != "llava_onevision_images":
+    elif family_of(name) == "video_llama_3":  # frames are merged, images are not
+        merged = (layout.modality == VIDEO)[:, None]
+        place = torch.where(merged, 2 * place + 0.5, place)
+    elif "image_sizes" in inputs and name not in ("llava_onevision_images", "llava_pixtral"):
         size = tuple(inputs["image_sizes"][b].tolist())
         on_tiles = layout.canvas == 1
         if size == (180, 112) and name == "llava_onevision_image":  # 12x8 is shrunk to 4x3
@@ -293,13 +430,14 @@ def test_layout_says_where_each_token_comes_from(name: str, batched: bool) -> No
             painted[:, 1:], expected(name, inputs, seeing, b), rtol=0, atol=2e-5
         )
         assert first_seen(seeing.canvas) == first_seen(seeing.modality, painted[:, 0].round())
-        # All other placeholders are newlines.
+        # All other placeholders are newlines, or class tokens.
         ids = inputs["input_ids"][b]
         others = torch.zeros(len(ids), dtype=torch.bool)
         for modality, token in tokens.items():
             others |= (ids == token) & (modality != "audio")
         others[seeing.position] = False
-        assert (seen.embeddings[b, others, :CHANNELS] == NEWLINE).all()
+        separator = CLASS_TOKEN if family_of(name) == "video_llava" else NEWLINE
+        assert (seen.embeddings[b, others, :CHANNELS] == separator).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -316,7 +454,7 @@ def test_layout_counts_media_in_order(name: str) -> None:
     assert layout.canvas.unique().tolist() == list(range(int(layout.canvas.max()) + 1))
     newlines = NEWLINES.get(name, 0)
     assert len(layout) + newlines == sum(
-        int((inputs["input_ids"] == token).sum()) for token in adapter.token_ids().values()
+        int((inputs["input_ids"] == token).sum()) for token in set(adapter.token_ids().values())
     )
     assert layout.item.unique().numel() == ITEMS[name]
     assert (layout.frame >= 0).eq(layout.modality != PICTURE).all()
@@ -329,8 +467,16 @@ NEWLINES = {
     "llava_onevision": 1,
     "llava_onevision_image": 4,
     "llava_onevision_images": 3,
+    "video_llava": 2,
+    "video_llava_video": 3,
 }
 ITEMS = {
+    "aya_vision": 3,
+    "gemma3": 4,
+    "gemma3_long": 24,
+    "glm4v": 2,
+    "glm4v_video": 1,
+    "idefics3": 2,
     "internvl": 4,
     "llava": 2,
     "llava_next": 1,
@@ -340,6 +486,11 @@ ITEMS = {
     "llava_onevision_image": 1,
     "llava_onevision_images": 3,
     "llava_pixtral": 2,
+    "longva": 2,
+    "longva_image": 2,
+    "mistral3": 2,
+    "perception_lm": 2,
+    "perception_lm_image": 2,
     "qwen2_5_omni": 2,
     "qwen2_5_omni_interleaved": 2,
     "qwen2_5_vl": 2,
@@ -347,7 +498,16 @@ ITEMS = {
     "qwen2_audio": 2,
     "qwen2_vl": 2,
     "qwen3_vl": 2,
+    "qwen3_vl_moe": 2,
     "qwen3_vl_video": 1,
+    "smolvlm": 2,
+    "smolvlm_frames": 5,
+    "video_llama_3": 1,
+    "video_llama_3_compressed": 1,
+    "video_llama_3_image": 3,
+    "video_llava": 3,
+    "video_llava_video": 1,
+    "vipllava": 2,
 }
 
 
@@ -357,7 +517,9 @@ ITEMS = {
 def views_of(encoded: Tensor, name: str, inputs: dict[str, Any], modality: str) -> list[Tensor]:
     """A map's values view by view: a view is an image, a tile or a frame."""
     values = encoded[..., 0]
-    if family_of(name) not in QWEN:
+    if name in PIXTRAL:
+        return list(values.flatten().split((inputs["image_sizes"] // 14).prod(dim=1).tolist()))
+    if family_of(name) not in GRIDS:
         return list(values)
     grids = inputs[f"{modality}_grid_thw"].tolist()
     return list(values.split([h * w for t, h, w in grids for _ in range(t)]))
@@ -399,7 +561,7 @@ def test_align_keeps_a_constant(name: str) -> None:
             continue
         patches = patches_of(name, inputs)[call.modality]
         ones = torch.ones(len(patches), CHANNELS)
-        if family_of(name) not in QWEN:
+        if family_of(name) not in GRIDS and name not in PIXTRAL:
             ones = ones.reshape(-1, 36 if name == "internvl" else 16, CHANNELS)
         for one in adapter.align(call, views_of(ones, name, inputs, call.modality)):
             torch.testing.assert_close(one, torch.ones_like(one))
@@ -443,21 +605,21 @@ def test_embeddings_as_features_have_no_tower_to_read() -> None:
     assert adapter_for(tiny.model).tower("image") is None
 
 
-def test_pixtral_has_no_tower_to_read() -> None:
-    tiny = build("llava_pixtral")
-    adapter, seen = look(tiny, tiny.inputs())
-    assert adapter.tower("image") is None
-    assert adapter.grey(seen.calls[0]) is None
-
-
 # -- pixels
 
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 STATISTICS = {
     "internvl": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "aya_vision": HALF,
+    "gemma3": HALF,
+    "idefics3": HALF,
     "llava_onevision": HALF,
+    "perception_lm": HALF,
     "qwen3_vl": HALF,
+    "qwen3_vl_moe": HALF,
+    "smolvlm": HALF,
+    "video_llama_3": HALF,
 }
 
 
@@ -500,12 +662,13 @@ def test_grey_gives_the_pixels_below_each_token(name: str) -> None:
     key = {"image": "pixel_values", "video": "pixel_values_videos"}
     truth: dict[str, list[Tensor]] = {}
     with watching(tiny) as seen:
-        if family in QWEN:
+        if family in GRIDS:
+            moments = 1 if family == "video_llama_3" else 2
             for modality, patches in values.items():
-                # One picture of two moments for each canvas, all of one size.
+                # One picture of these moments for each canvas, all of one size.
                 rows, columns = (int(patches[:, n].max()) + 1 for n in (2, 3))
                 canvases = int(patches[:, 0].max()) + 1
-                levels = torch.randint(256, (canvases, 2, 3, 14 * rows, 14 * columns)).float()
+                levels = torch.randint(256, (canvases, moments, 3, 14 * rows, 14 * columns)).float()
                 truth[modality] = [levels]
                 pixels = normalised(levels, family)
                 inputs[key[modality]] = torch.stack(
@@ -517,10 +680,10 @@ def test_grey_gives_the_pixels_below_each_token(name: str) -> None:
                     ]
                 )
         else:
-            (modality,) = values
-            levels = torch.randint(256, inputs[key[modality]].shape).float()
-            truth[modality] = list(levels.flatten(end_dim=-4))
-            inputs[key[modality]] = normalised(levels, family)
+            for modality in values:
+                levels = torch.randint(256, inputs[key[modality]].shape).float()
+                truth[modality] = list(levels.flatten(end_dim=-4))
+                inputs[key[modality]] = normalised(levels, family)
         with Paint(tiny, dict(values)) as paint:
             tiny.model(**inputs)
     adapter = adapter_for(tiny.model)
@@ -530,14 +693,19 @@ def test_grey_gives_the_pixels_below_each_token(name: str) -> None:
         grey = adapter.grey(call)
         encoded = paint.encoded[call.modality]
         assert grey is not None
-        if family in QWEN:
+        if family in GRIDS:
             (levels,) = truth[call.modality]
             wanted = list(cut(levels, encoded[:, [0, 2, 3]]).split([len(one) for one in grey]))
             assert len(grey) == len(levels)
         else:
-            side = int(len(grey[0]) ** 0.5)
-            wanted = [cut(one[None, None], raster(1, side, side)) for one in truth[call.modality]]
-            assert len(grey) == len(encoded)
+            parts = [one.shape[-2:] for one in truth[call.modality]]
+            if name in PIXTRAL:
+                parts = inputs["image_sizes"].tolist()
+            wanted = [
+                cut(one[None, None], raster(1, height // 14, width // 14))
+                for one, (height, width) in zip(truth[call.modality], parts, strict=True)
+            ]
+            assert len(grey) == len(wanted)
         for one, other in zip(grey, wanted, strict=True):
             assert torch.equal(one, other)
 
@@ -577,7 +745,14 @@ def assert_same(one: TokenLayout, other: TokenLayout, shift: int = 0) -> None:
     torch.testing.assert_close(one.seconds, other.seconds, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NO_BEAMS)
+def test_transformers_itself_cannot_repeat_some_media_for_beams(name: str) -> None:
+    tiny = build(name)
+    with pytest.raises(ValueError, match="expected a non-empty list"):
+        tiny.model.generate(**tiny.inputs(), num_beams=2, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NO_BEAMS])
 def test_beams_share_the_media_of_their_sample(name: str) -> None:
     tiny = build(name)
     inputs = tiny.batch(0)
@@ -736,6 +911,61 @@ def test_tiles_of_an_unbroken_run_are_one_image() -> None:
     (layout,) = layouts(adapter, seen, inputs)
     assert torch.bincount(layout.item).tolist() == [27, 9, 9, 9]
     assert torch.bincount(layout.canvas).tolist() == [9] * 6
+
+
+def test_frames_of_a_clip_stand_within_its_marks() -> None:
+    """GLM-4.1V has one placeholder for images and frames."""
+    adapter = adapter_for(build("glm4v").model)
+    frame = [VISION_START, IMAGE, IMAGE, VISION_END]
+    ids = torch.tensor([[5, *frame, VIDEO_START, *frame, 10, *frame, 11, VIDEO_END, 6, *frame]])
+    held = {name: one.nonzero()[:, 1].tolist() for name, one in adapter.placeholders(ids).items()}
+    assert held == {"image": [2, 3, 19, 20], "video": [7, 8, 12, 13]}
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+def test_tiles_lie_side_by_side(name: str) -> None:
+    """Canvas 0 of an image is all of it and comes last; an image in one piece has no other."""
+    tiny = build(name)
+    inputs = tiny.inputs()
+    adapter, seen = look(tiny, inputs)
+    (layout,) = layouts(adapter, seen, inputs)
+    assert torch.bincount(layout.canvas).tolist() == [4, 24, 4]
+    assert torch.equal(layout.canvas[:24], torch.ones(24, dtype=torch.int64))
+    tiles = layout[layout.canvas == 1]
+    assert (int(tiles.row.max()), int(tiles.column.max())) == (3, 5)
+    assert len(set(zip(tiles.row.tolist(), tiles.column.tolist(), strict=True))) == 24
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+def test_views_whose_marks_say_nothing_are_images_of_their_own(name: str) -> None:
+    tiny = build(name)
+    inputs = tiny.inputs()
+    marks = (inputs["input_ids"] >= GLOBAL) & (inputs["input_ids"] < IMAGE)
+    inputs["input_ids"][marks] = GLOBAL
+    adapter, seen = look(tiny, inputs)
+    (layout,) = layouts(adapter, seen, inputs)
+    assert torch.bincount(layout.item).tolist() == [4] * 8
+    assert layout.canvas.tolist() == layout.item.tolist()
+
+
+def test_views_with_padding_inside_have_no_map() -> None:
+    tiny = build("smolvlm")
+    inputs = tiny.inputs()
+    inputs["pixel_attention_mask"][0, 2, 40:] = 0
+    with pytest.raises(UnsupportedModelError, match="padding inside"):
+        with torch.no_grad(), prune(tiny.model, "vflowopt(keep=0.5)"):
+            tiny.model(**inputs)
+
+
+def test_what_a_processor_left_out_of_a_clip_has_no_token() -> None:
+    """Of 8 tokens a frame, all of the first and five of each later one are in the prompt."""
+    tiny = build("video_llama_3_compressed")
+    inputs = tiny.inputs()
+    adapter, seen = look(tiny, inputs)
+    (layout,) = layouts(adapter, seen, inputs)
+    assert torch.bincount(layout.frame).tolist() == [8, 5, 5, 5]
+    later = layout[layout.frame == 2]
+    assert (later.row * 4 + later.column).tolist() == [0, 2, 3, 5, 6]
 
 
 def test_sound_track_inside_a_clip() -> None:

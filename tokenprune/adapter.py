@@ -170,6 +170,28 @@ class Adapter(ABC):
         """
         return {f"get_{name}_features": name for name in self.modalities}
 
+    def modality(
+        self, modality: Modality, arguments: dict[str, Any], prompt: dict[str, Any]
+    ) -> Modality:
+        """What an encoder call encodes; differs from `encoders` where a method serves two.
+
+        Args:
+            modality: According to `encoders`.
+            arguments: Of the call.
+            prompt: As in `items`; that of the last forward, where media are encoded before it.
+        """
+        return modality
+
+    def embed(self, prompt: dict[str, Any]) -> Tensor:
+        """Embeddings `[B, S, D]` for a language model that is called with `input_ids` itself.
+
+        Args:
+            prompt: Its keyword arguments; those that are used up are taken out.
+        """
+        embed: Any = self.language_model.get_input_embeddings()  # type: ignore[operator]
+        embedded: Tensor = embed(prompt.pop("input_ids"))
+        return embedded
+
     # -- what tokens stand for
 
     @abstractmethod
@@ -183,6 +205,21 @@ class Adapter(ABC):
 
     def tower(self, modality: Modality) -> Tower | None:
         """The tower whose attention methods may read; None if there is none to read."""
+        return None
+
+    def view_lengths(self, call: MediaCall) -> list[int] | None:
+        """Patches of each view, where a tower puts all views into one sequence without a word.
+
+        None where views are batched, or their boundaries are told to the attention.
+        """
+        return None
+
+    def padding(self, call: MediaCall) -> Tensor | None:
+        """Patches that fill up pictures inside views, which attention leaves out.
+
+        Returns:
+            `[W, Nv]` bool for a tower that batches its views; None if there are none.
+        """
         return None
 
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:

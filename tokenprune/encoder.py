@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from tokenprune.stage import EncoderView
 
-__all__ = ["StreamedView", "split_views"]
+__all__ = ["AttentionTap", "StreamedView", "split_views"]
 
 # Scores of one block of query rows are held at a time: 2**23 floats are 32 MiB.
 _BLOCK_ELEMENTS = 1 << 23
@@ -23,22 +26,32 @@ class StreamedView(EncoderView):
         key: `[W, heads, P + Nv, d]`.
         scaling: Factor on the scores; None for `d ** -0.5`.
         prefix_tokens: `P`.
+        padding: `[W, Nv]` bool, True at patches that no other attends to; they attend to nothing
+            that counts. None: there are none.
     """
 
     def __init__(
-        self, query: Tensor, key: Tensor, scaling: float | None, prefix_tokens: int = 0
+        self,
+        query: Tensor,
+        key: Tensor,
+        scaling: float | None,
+        prefix_tokens: int = 0,
+        padding: Tensor | None = None,
     ) -> None:
         self._query = query[:, :, prefix_tokens:]
         self._key = key
         self._scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         self._prefix = prefix_tokens
+        self._padding = None if padding is None else padding.to(query.device)
         self.views, _, self.tokens, _ = self._query.shape
 
     def received(self) -> Tensor:
         total = torch.zeros(self.views, self.tokens, device=self._query.device)
         for view in range(self.views):
             every = self._query[view : view + 1]
-            for attention in self._blocks(every, self._key[view : view + 1]):
+            if self._padding is not None:
+                every = every[:, :, ~self._padding[view]]
+            for attention in self._blocks(every, view):
                 total[view] += attention[0].sum(dim=0)
         return total
 
@@ -47,18 +60,21 @@ class StreamedView(EncoderView):
         picked = self._query.gather(2, index)  # [W, heads, R, d]
         return torch.cat(
             [
-                torch.cat(list(self._blocks(picked[w : w + 1], self._key[w : w + 1])), dim=1)
+                torch.cat(list(self._blocks(picked[w : w + 1], w)), dim=1)
                 for w in range(self.views)
             ]
         )
 
-    def _blocks(self, query: Tensor, key: Tensor) -> Iterator[Tensor]:
-        """Attention averaged over heads, `[1, rows, Nv]` float32, for blocks of rows."""
+    def _blocks(self, query: Tensor, view: int) -> Iterator[Tensor]:
+        """Attention in a view, averaged over heads, `[1, rows, Nv]` float32, for blocks of rows."""
+        key = self._key[view : view + 1]
         _, heads, rows, _ = query.shape
         step = max(1, _BLOCK_ELEMENTS // (heads * key.shape[2]))
         for start in range(0, rows, step):
             block = query[:, :, start : start + step]
             scores = (block @ key.transpose(2, 3)).float() * self._scaling
+            if self._padding is not None:
+                scores[..., self._prefix :].masked_fill_(self._padding[view], -torch.inf)
             attention = scores.softmax(dim=-1).mean(dim=1)  # [1, step, P + Nv]
             if self._prefix:
                 # A class token takes its share of the softmax, but is no patch to be kept.
@@ -68,16 +84,47 @@ class StreamedView(EncoderView):
 
 
 def split_views(
-    query: Tensor, key: Tensor, boundaries: Tensor | None
+    query: Tensor, key: Tensor, lengths: list[int] | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Queries and keys of separate views.
 
     Towers for pictures of one size batch their views; towers for any size put all views into one
-    sequence, whole with `boundaries` (`cu_seqlens`, for flash kernels) or cut already.
+    sequence (whole, where a mask or a kernel keeps them apart) or cut it themselves.
+
+    Args:
+        lengths: Tokens of each view in the sequence; None if it is cut already.
     """
-    if boundaries is None:
+    if lengths is None:
         yield query, key
         return
-    lengths = (boundaries[1:] - boundaries[:-1]).tolist()
     queries, keys = torch.split(query, lengths, dim=2), torch.split(key, lengths, dim=2)
     yield from zip(queries, keys, strict=True)
+
+
+class AttentionTap(TorchFunctionMode):
+    """Shows queries and keys of torch's own attention, for towers without a registry of kernels.
+
+    Args:
+        show: Called with queries and keys `[W, heads, P + Nv, d]` and the factor on the scores.
+
+    Attributes:
+        calls: How often it was called.
+    """
+
+    def __init__(self, show: Callable[[Tensor, Tensor, float | None], None]) -> None:
+        super().__init__()
+        self._show = show
+        self.calls = 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is functional.scaled_dot_product_attention:
+            self.calls += 1
+            query, key = (args[n] if len(args) > n else kwargs[name] for n, name in _OPERANDS)
+            self._show(query, key, kwargs.get("scale"))
+        return function(*args, **kwargs)
+
+
+_OPERANDS = (0, "query"), (1, "key")

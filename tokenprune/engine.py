@@ -40,7 +40,7 @@ from tokenprune.cache import (
     full_cache_bytes,
     new_cache,
 )
-from tokenprune.encoder import StreamedView, split_views
+from tokenprune.encoder import AttentionTap, StreamedView, split_views
 from tokenprune.errors import RecipeError, UnsupportedModelError
 from tokenprune.indices import take
 from tokenprune.layout import Modality
@@ -160,10 +160,8 @@ class Patch:
         self._base = str(config._attn_implementation)
         # A flash name would send transformers down paths that do not ask for a mask function.
         _switch_attention(stack, config, f"tokenprune_{id(self):x}", self._attention, self._mask)
-        for modality in self.adapter.modalities:
-            tower = self.adapter.tower(modality)
-            if tower is not None and any(isinstance(s, EncoderStage) for s in self.stages):
-                self._install_tower(stack, tower)
+        if self._by_site.encoder:
+            self._install_towers(stack)
         for name, modality in self.adapter.encoders().items():
             _shadow(stack, self.adapter.base_model, name, self._watch_encoder(modality))
         if hasattr(self.model, "prepare_inputs_for_generation"):
@@ -177,17 +175,22 @@ class Patch:
             _hook(stack, layer, before, enter, with_kwargs=True)
             _hook(stack, layer, after, functools.partial(self._after_layer, number))
 
-    def _install_tower(self, stack: ExitStack, tower: Tower) -> None:
-        inside = set(tower.block.modules())
-        configs: dict[int, Any] = {
+    def _install_towers(self, stack: ExitStack) -> None:
+        inside: dict[nn.Module, Tower] = {}
+        for modality in self.adapter.modalities:
+            tower = self.adapter.tower(modality)
+            if tower is not None:
+                inside |= dict.fromkeys(tower.block.modules(), tower)
+        for tower in set(inside.values()):
+            if not any(hasattr(module, "config") for module in tower.block.modules()):
+                self._tap(stack, tower)
+        configs: dict[int, Any] = {  # several towers may share one
             id(module.config): module.config
             for module in inside
             if hasattr(getattr(module, "config", None), "_attn_implementation")
         }
         for config in configs.values():
             base = str(config._attn_implementation)
-            if base.startswith("tokenprune"):  # image and video share the tower
-                continue
 
             def attend(
                 module: nn.Module,
@@ -198,13 +201,37 @@ class Patch:
                 **kw: Any,
             ) -> Any:
                 if module in inside:
-                    self._read_tower(tower, query, key, kw)
+                    self._read_tower(inside[module], query, key, kw)
                 return base_attention(_base, module)(module, query, key, *args, **kw)
 
             # The base's name stays part of the new one: towers look for "flash" in it.
             name = f"tokenprune_{id(config):x}_{base}"
             mask = ALL_MASK_ATTENTION_FUNCTIONS.get(base)
             _switch_attention(stack, config, name, attend, mask)
+
+    def _tap(self, stack: ExitStack, tower: Tower) -> None:
+        """Read a block that is not of transformers, but calls torch's attention."""
+        open_taps: list[tuple[ExitStack, AttentionTap]] = []
+
+        def show(query: Tensor, key: Tensor, scaling: float | None) -> None:
+            self._read_tower(tower, query, key, {"scaling": scaling})
+
+        def enter(*_: Any) -> None:
+            opened, tap = ExitStack(), AttentionTap(show)
+            opened.enter_context(tap)
+            open_taps.append((opened, tap))
+
+        def leave(*_: Any) -> None:
+            opened, tap = open_taps.pop()
+            opened.close()
+            if not tap.calls:
+                raise UnsupportedModelError(
+                    f"{type(tower.block).__name__} computes its attention by hand, so it cannot be "
+                    "read; let it use torch's (timm: TIMM_FUSED_ATTN=1), or a method without maps"
+                )
+
+        _hook(stack, tower.block, "register_forward_pre_hook", enter)
+        _hook(stack, tower.block, "register_forward_hook", leave, always_call=True)
 
     def _refuse_early(self, prepare: Any) -> Any:
         """`generate` makes masks for caches of fixed size before it calls the model."""
@@ -228,16 +255,18 @@ class Patch:
                 if self._encoding is not None:  # a video call that nests the image call
                     return encode(*args, **kwargs)
                 bound = signature.bind(*args, **kwargs).arguments
-                call = MediaCall(modality, {**bound, **bound.pop("kwargs", {})})
+                arguments = {**bound, **bound.pop("kwargs", {})}
+                kind = self.adapter.modality(modality, arguments, self._prompt)
+                call = MediaCall(kind, arguments)
                 started = Mark(self._lm)
                 self._encoding = call
                 try:
                     result = encode(*args, **kwargs)
                 finally:
                     self._encoding = self._pixels = None
-                if modality in self._used:  # a new prompt; others may have been encoded ahead
-                    self._media = [old for old in self._media if old.modality != modality]
-                    self._used.discard(modality)
+                if kind in self._used:  # a new prompt; others may have been encoded ahead
+                    self._media = [old for old in self._media if old.modality != kind]
+                    self._used.discard(kind)
                 self._media.append(call)
                 self.report.encoding(started, Mark(self._lm))
                 return result
@@ -250,9 +279,13 @@ class Patch:
         call = self._encoding
         if call is None:
             return
-        boundaries = kwargs.get("cu_seq_lens_q")
-        for one_query, one_key in split_views(query, key, boundaries):
-            view = StreamedView(one_query, one_key, kwargs.get("scaling"), tower.prefix_tokens)
+        lengths = self.adapter.view_lengths(call)
+        if lengths is None and (boundaries := kwargs.get("cu_seq_lens_q")) is not None:
+            lengths = boundaries.diff().tolist()
+        padding = self.adapter.padding(call)
+        for one_query, one_key in split_views(query, key, lengths):
+            scaling, prefix = kwargs.get("scaling"), tower.prefix_tokens
+            view = StreamedView(one_query, one_key, scaling, prefix, padding)
             for stage in self._by_site.encoder:
                 if call.modality in stage.modalities:
                     maps = call.maps.setdefault(stage.name, [])
@@ -299,7 +332,7 @@ class Patch:
         self._clock = adopt(self._cache, self.shape.layers) if cached else Clock()
         hidden = kwargs.get("inputs_embeds")
         if hidden is None:
-            hidden = module.get_input_embeddings()(kwargs.pop("input_ids"))  # type: ignore[operator]
+            hidden = self.adapter.embed(kwargs)
             kwargs["inputs_embeds"] = hidden
         batch, length = hidden.shape[:2]
         if not cached and (self.stages or self._compact) and kwargs.get("attention_mask") is None:

@@ -59,13 +59,24 @@ EVERYWHERE = COMBINED[0]
 THREE = ("llava_onevision", "qwen2_5_vl", "qwen2_audio")
 """Families that run every case in the short suite."""
 
-MROPE = ("qwen2_5_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+MROPE = ("glm4v", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_omni_moe", "qwen3_vl")
 """Families with more than one position per token."""
+
+SOUND_ONLY = ("audioflamingo3", "granite_speech", "qwen2_audio", "voxtral")
+"""Families without a vision tower."""
 
 REFUSALS: dict[tuple[str, str], str] = {
     # (method, family or variant): why. Such a combination must raise, and no other may.
-    ("vflowopt", "qwen2_audio"): "its map is read from a vision tower; there is only an audio one",
-    ("vflowopt", "llava_pixtral"): "a Pixtral tower packs its images into one sequence",
+    **{("vflowopt", name): "its map is read from a vision tower" for name in SOUND_ONLY},
+}
+
+TORN_BY_BEAMS = (*SOUND_ONLY, "phi4_multimodal_audio")
+"""Whose default prompt holds several sounds or windows, each of which `generate` repeats alone."""
+
+NO_BEAMS: dict[str, str] = {
+    # Variants whose media transformers itself cannot repeat for beams: why.
+    "glm4v_video": "frames hold image placeholders, and it counts video placeholders",
+    "video_llama_3_compressed": "it counts the tokens that the processor left out as well",
 }
 
 SEPARATORS: dict[str, int] = {
@@ -75,6 +86,9 @@ SEPARATORS: dict[str, int] = {
     "llava_onevision": 1,  # one newline after the clip
     "llava_onevision_image": 4,
     "llava_onevision_images": 3,  # one after each image
+    "video_llava": 2,  # the class token of each frame
+    "video_llava_video": 3,
+    "phi4_multimodal": 6,  # one after each line, and one between tiles and the whole
 }
 
 
