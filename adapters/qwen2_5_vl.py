@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tokenprune.adapter import MediaCall, Tower
+from tokenprune.adapter import Tower
 from tokenprune.adapters.qwen2_vl import Grid, Qwen2VL
 from tokenprune.layout import Modality
 
@@ -19,8 +19,7 @@ class Qwen2_5VL(Qwen2VL):
 
     model_types = ("qwen2_5_vl",)
     modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
-    seconds_name: ClassVar[str] = "second_per_grid_ts"
-    """The argument that tells the seconds between frames."""
+    seconds_name: ClassVar[str | None] = "second_per_grid_ts"
 
     def tower(self, modality: Modality) -> Tower | None:
         vision = self.config.vision_config
@@ -46,12 +45,3 @@ class Qwen2_5VL(Qwen2VL):
             order.append(window.flatten().argsort(stable=True) + done)
             done += frame.numel()
         return torch.cat(order)
-
-    def _seconds_per_frame(self, call: MediaCall, prompt: dict[str, Any]) -> list[float] | None:
-        told = prompt.get(self.seconds_name)
-        if call.modality != "video" or told is None:
-            return None
-        clips = len(self._grids(call))
-        steps: list[float] = torch.as_tensor(told, dtype=torch.float64).tolist()
-        # Beams repeat each entry.
-        return steps[:: len(steps) // clips] if len(steps) % clips == 0 else None

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapter import Adapter, Item, MediaCall
+from tokenprune.adapters._sound import MEL_SECONDS, evenly, refuse_torn
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.layout import Modality
 
 __all__ = ["SECONDS_PER_TOKEN", "Qwen2Audio", "sounds"]
 
-SECONDS_PER_TOKEN: Final = 4 * 160 / 16_000
-"""Four mel frames, 160 samples apart, at 16 kHz."""
+SECONDS_PER_TOKEN: Final = 4 * MEL_SECONDS
 
 
 def sounds(mel_frames: Tensor) -> list[Item]:
     """Sounds of so many mel frames: a convolution of stride two, then a mean over two."""
     tokens = ((mel_frames - 1) // 2 + 1) // 2
-    return [Item.sound(count, seconds_per_token=SECONDS_PER_TOKEN) for count in tokens.tolist()]
+    return [evenly(count, SECONDS_PER_TOKEN) for count in tokens.tolist()]
 
 
 class Qwen2Audio(Adapter):
@@ -46,6 +46,7 @@ class Qwen2Audio(Adapter):
                 "how long each sound is remains unknown without feature_attention_mask; pass all "
                 "that the model's processor returns"
             )
+        refuse_torn(mask, ids)
         items = sounds(mask.sum(dim=-1))
         longest = max(len(item.real) for item in items)
         # The model goes by the same sign: expanded placeholders are neighbours.

@@ -23,6 +23,8 @@ class Qwen2VL(Adapter):
     model_types = ("qwen2_vl",)
     modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
     normalisation: ClassVar[Normalisation] = CLIP
+    seconds_name: ClassVar[str | None] = None
+    """The argument that tells the seconds between frames."""
 
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
         merge = self._merge()
@@ -78,7 +80,13 @@ class Qwen2VL(Adapter):
 
     def _seconds_per_frame(self, call: MediaCall, prompt: dict[str, Any]) -> list[float] | None:
         """Seconds between the frames of each clip; None if the model is not told."""
-        return None
+        told = None if self.seconds_name is None else prompt.get(self.seconds_name)
+        if call.modality != "video" or told is None:
+            return None
+        clips = len(self._grids(call))
+        steps: list[float] = torch.as_tensor(told, dtype=torch.float64).tolist()
+        # Beams repeat each entry.
+        return steps[:: len(steps) // clips] if len(steps) % clips == 0 else None
 
 
 _PIXELS: dict[Modality, str] = {"image": "pixel_values", "video": "pixel_values_videos"}

@@ -81,16 +81,21 @@ class Item:
         )
 
     @classmethod
-    def sound(cls, tokens: int, *, seconds_per_token: float) -> Item:
-        """A sound: one canvas with a single line of tokens."""
-        index = torch.arange(tokens)
+    def sound(cls, seconds: Tensor, frame: Tensor | None = None) -> Item:
+        """A sound: one canvas with a single line of tokens.
+
+        Args:
+            seconds: `[N]`, when what each token stands for begins.
+            frame: `[N]` int64, where several tokens stand for the same stretch; None: none do.
+        """
+        index = torch.arange(len(seconds))
         return cls(
-            real=torch.ones(tokens, dtype=torch.bool),
+            real=torch.ones(len(seconds), dtype=torch.bool),
             canvas=torch.zeros_like(index),
-            frame=index,
+            frame=index if frame is None else frame,
             row=torch.full_like(index, -1),
             column=index,
-            seconds=index.to(torch.float64) * seconds_per_token,
+            seconds=seconds.to(torch.float64),
         )
 
 

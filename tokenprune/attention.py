@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -65,8 +66,11 @@ class LazyMask:
 def base_attention(name: str, module: nn.Module) -> AttentionFunction:
     """The attention function that the model would have called itself."""
     if name == "eager":
-        # Model files have variants of their own (soft caps, sinks).
-        function: AttentionFunction = sys.modules[type(module).__module__].eager_attention_forward
+        # Model files have variants of their own (soft caps, sinks), some even two of them.
+        used = inspect.unwrap(type(module).forward).__code__.co_names
+        own = [name for name in used if name.endswith("eager_attention_forward")]
+        file = sys.modules[type(module).__module__]
+        function: AttentionFunction = getattr(file, own[0] if own else "eager_attention_forward")
         return function
     return ALL_ATTENTION_FUNCTIONS[name]  # type: ignore[no-any-return]
 

@@ -1,0 +1,36 @@
+"""Audio Flamingo 3: 25 tokens a second of sound, in windows of 30 seconds."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from tokenprune.adapter import Adapter, Item, MediaCall
+from tokenprune.adapters._sound import MEL_SECONDS, Windows, refuse_torn
+from tokenprune.layout import Modality
+
+__all__ = ["AudioFlamingo3"]
+
+
+class AudioFlamingo3(Adapter):
+    """Audio Flamingo 3. Padding of a sound's last window is not encoded."""
+
+    model_types = ("audioflamingo3",)
+    modalities: ClassVar[tuple[Modality, ...]] = ("audio",)
+
+    def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
+        mask: Tensor = call.arguments["input_features_mask"]  # [windows, mel frames]
+        held: Tensor = prompt["input_ids"] == self.config.audio_token_id
+        refuse_torn(call.arguments["input_features"], prompt["input_ids"])
+        windows = Windows(
+            tokens=_tokens(mask.sum(dim=-1)).tolist(),
+            whole=int(_tokens(mask.new_tensor(mask.shape[-1]).long())),
+            seconds=mask.shape[-1] * MEL_SECONDS,
+        )
+        return windows.sounds(held)
+
+
+def _tokens(mel_frames: Tensor) -> Tensor:
+    """A convolution of stride two, then a mean over two."""
+    return ((mel_frames - 1) // 2 + 1) // 2

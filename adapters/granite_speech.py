@@ -1,0 +1,37 @@
+"""Granite Speech: a Q-Former makes three tokens of each 0.3 seconds of sound."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import Tensor
+
+from tokenprune.adapter import Adapter, Item, MediaCall
+from tokenprune.adapters._sound import MEL_SECONDS, refuse_torn
+from tokenprune.layout import Modality
+
+__all__ = ["GraniteSpeech"]
+
+STATE_SECONDS: Final = 2 * MEL_SECONDS
+"""Two mel frames are stacked to be one state of the encoder."""
+
+
+class GraniteSpeech(Adapter):
+    """Granite Speech. Tokens of one window all hear all of it: their frame and time are its own."""
+
+    model_types = ("granite_speech",)
+    modalities: ClassVar[tuple[Modality, ...]] = ("audio",)
+
+    def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
+        features: Tensor = call.arguments["input_features"]  # [sounds, states, two mel frames]
+        refuse_torn(features, prompt.get("input_ids"))
+        window = self.config.window_size
+        queries = window // self.config.downsample_rate
+        mask = prompt.get("input_features_mask")  # [sounds, tokens]
+        if mask is None:
+            tokens = [-(-features.shape[1] // window) * queries] * len(features)
+        else:
+            tokens = mask.sum(dim=-1).tolist()
+        frames = [torch.arange(count) // queries for count in tokens]
+        return [Item.sound(frame * (window * STATE_SECONDS), frame) for frame in frames]

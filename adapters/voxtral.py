@@ -1,0 +1,35 @@
+"""Voxtral: 12.5 tokens a second of sound, in windows of 30 seconds, silence included."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from tokenprune.adapter import Adapter, Item, MediaCall
+from tokenprune.adapters._sound import MEL_SECONDS, Windows, refuse_torn
+from tokenprune.layout import Modality
+
+__all__ = ["Voxtral"]
+
+
+class Voxtral(Adapter):
+    """Voxtral.
+
+    The silence that fills a sound's last window is encoded and read like any other: the model is
+    not told where the sound ends. Its tokens are in the layout, and pruning may drop them.
+    """
+
+    model_types = ("voxtral",)
+    modalities: ClassVar[tuple[Modality, ...]] = ("audio",)
+
+    def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
+        features = call.arguments["input_features"]  # [windows, mels, mel frames]
+        audio = self.config.audio_config
+        refuse_torn(features, prompt["input_ids"])
+        # Neighbouring states of the tower are laid side by side to be one token.
+        whole = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
+        windows = Windows(
+            tokens=[whole] * len(features),
+            whole=whole,
+            seconds=features.shape[-1] * MEL_SECONDS,
+        )
+        return windows.sounds(prompt["input_ids"] == self.config.audio_token_id)
