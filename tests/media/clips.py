@@ -68,12 +68,20 @@ def encode(
     bframes: int | None = None,
     turn: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
     sound: bool = False,
+    rate: Fraction | int = 30,
+    pipe: bool = False,
 ) -> Clip:
-    """Write a clip at 30 frames a second, or with `times` in milliseconds."""
+    """Write a clip at `rate` frames a second, or with `times` in milliseconds.
+
+    Args:
+        turn: changes each picture before it is encoded.
+        pipe: write as into a pipe, where a muxer cannot go back to complete its tables.
+    """
     reformatter = VideoReformatter()
     options_of_file = {"fflags": "+bitexact", **(mux or {})}  # the same bytes each time
-    with av.open(str(path), "w", format=form, options=options_of_file) as container:
-        stream = container.add_stream(codec, rate=30, options=options or {})
+    target = Pipe(path) if pipe else str(path)
+    with av.open(target, "w", format=form, options=options_of_file) as container:
+        stream = container.add_stream(codec, rate=rate, options=options or {})
         first = turn(draw(0)) if turn else draw(0)
         stream.height, stream.width = first.shape[:2]
         stream.pix_fmt = pixels
@@ -88,14 +96,27 @@ def encode(
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             frame = reformatter.reformat(frame, format=pixels, threads=1)
             frame.pts = position if times is None else times[position]
-            frame.time_base = Fraction(1, 30) if times is None else Fraction(1, 1000)
+            frame.time_base = 1 / Fraction(rate) if times is None else Fraction(1, 1000)
             for packet in stream.encode(frame):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
         if track is not None:
-            write_tone(container, track, len(numbers) / 30)
+            write_tone(container, track, float(len(numbers) / rate))
     return Clip(path, list(numbers))
+
+
+class Pipe:
+    """A file that can only be written on and on."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=0)
+
+    def write(self, content: bytes) -> int:
+        return self._file.write(content)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def write_tone(container: object, track: object, seconds: float, hertz: float = 440.0) -> None:

@@ -61,6 +61,8 @@ def video_stream(container: Any) -> Any:
                 f"{container.name!r}: no decoder for its video stream; convert it, to H.264 say"
             )
         else:
+            if stream.codec_context.name == "hevc":  # else it hides what its own hashes tell
+                stream.codec_context.options = {"err_detect": "crccheck+explode"}
             return stream
     what = "only a cover picture" if covers else "only sound" if container.streams.audio else "none"
     raise NoVideoStreamError(f"{container.name!r} has no video stream ({what}); give a video file")

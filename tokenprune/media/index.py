@@ -21,6 +21,7 @@ Bools = NDArray[np.bool_]
 
 NO_TIME = -(1 << 62)
 TIMELESS = {"h264", "hevc", "m4v", "mpegvideo"}  # raw streams: their times are guesses
+DECODE_TIMED = {"avi", "asf"}  # these store when pictures are decoded, not when they are shown
 JOINABLE = {"mpegts", "mpeg"}  # files of these kinds are joined end to end, clocks and all
 
 
@@ -263,7 +264,7 @@ def _falls(pts: Ints, dts: Ints, keyframe: Bools, tick: float, joinable: bool) -
 def _is_timed(container: Any, stream: Any, pts: Ints, era: Ints) -> bool:
     """Whether every shown packet has a presentation time of its own."""
     codec, form = stream.codec_context.name, container.format.name
-    if form in TIMELESS or (form == "avi" and codec in {"h264", "hevc"}):  # AVI: decode times only
+    if form in TIMELESS or (form in DECODE_TIMED and codec in {"h264", "hevc"}):
         return False
     pairs = np.unique(np.stack([era, pts]), axis=1)
     return bool((pts != NO_TIME).all()) and pairs.shape[1] == len(pts)

@@ -83,7 +83,9 @@ def resolve_size(
 
 
 def _by_count(index: PacketIndex, frames: int, begin: float, stop: float) -> Ints:
-    first, last = _on_screen(index, np.array([begin]))[0], _before(index, stop)
+    shown = _on_screen(index, np.array([begin]))[0]
+    first = int(np.searchsorted(index.seconds, index.seconds[shown]))  # others may begin with it
+    last = _before(index, stop)
     last = max(first, last)
     count = min(int(frames), int(last - first) + 1)
     return np.floor(np.linspace(first, last, count) + 0.5).astype(np.int64)

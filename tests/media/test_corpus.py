@@ -1,0 +1,96 @@
+"""The corpus of hard files: every frame is the right one, whole, alone, and in groups."""
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from tests.media.clips import KINDS, Clip, decode_sequentially, read_number
+from tests.media.corpus import CORPUS
+from tokenprune.media import read_video, stream_video
+
+SIZE = (112, 192)  # of the pictures of most clips; the others are scaled to it
+SHORT, LONG = 72, 600
+# These are shown otherwise than a plain loop over the file's pictures gives them.
+ELSEWISE = {"h264_turned_90", "h264_turned_180"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Clip]:
+    """Gives the clip of a kind with so many frames."""
+
+    @cache
+    def make(kind: str, count: int) -> Clip:
+        return CORPUS[kind](tmp_path_factory.mktemp(kind), count)
+
+    return make
+
+
+def numbers_on(frames: torch.Tensor) -> list[int]:
+    return [read_number(frame) for frame in frames.numpy()]
+
+
+def test_kinds_are_many():
+    assert KINDS.keys().isdisjoint(CORPUS) and len(KINDS) + len(CORPUS) > 100
+
+
+@pytest.mark.parametrize("kind", CORPUS)
+def test_every_frame_is_right(kind, made):
+    clip = made(kind, SHORT)
+    video = read_video(clip.path, frames=10_000, size=SIZE, workers=2)
+
+    assert numbers_on(video.frames) == clip.numbers
+    assert video.metadata.frame_count == len(clip.numbers)
+    assert video.damaged == 0
+    assert (video.pts_seconds.diff() >= 0).all()
+    if kind not in ELSEWISE:
+        assert np.array_equal(video.frames.numpy(), decode_sequentially(clip.path, SIZE))
+
+
+@pytest.mark.parametrize("kind", CORPUS)
+def test_chosen_frames_are_right(kind, made):
+    clip = made(kind, SHORT)
+    wanted = np.random.default_rng(7).integers(0, len(clip.numbers), 5).tolist()
+    video = read_video(clip.path, indices=wanted, size=SIZE, workers=1)
+
+    assert numbers_on(video.frames) == [clip.numbers[rank] for rank in wanted]
+    assert video.damaged == 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", CORPUS)
+def test_long_files(kind, made):
+    """Many groups: few frames, each alone, and a stream on several workers."""
+    clip = made(kind, LONG)
+    count = len(clip.numbers)
+    wanted = np.random.default_rng(1).permutation(count)[:40].tolist()
+    video = read_video(clip.path, indices=wanted, size=SIZE, workers=2)
+    assert numbers_on(video.frames) == [clip.numbers[rank] for rank in wanted]
+    assert video.damaged == 0
+    for rank in wanted[:10]:
+        alone = read_video(clip.path, indices=[rank], size=SIZE, workers=1)
+        assert numbers_on(alone.frames) == [clip.numbers[rank]]
+    ranks = sorted(wanted)
+    seen = []
+    for part in stream_video(clip.path, group=7, indices=ranks, size=SIZE, workers=3):
+        assert not part.substituted.any()
+        seen += numbers_on(part.frames)
+    assert seen == [clip.numbers[rank] for rank in ranks]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["h264_ts_offset_5", "h264_twin_times", "hevc_ts", "mpeg1_ps"])
+def test_each_frame_alone(kind, made):
+    clip = made(kind, SHORT)
+    for rank, number in enumerate(clip.numbers):
+        alone = read_video(clip.path, indices=[rank], size=SIZE, workers=1)
+        assert numbers_on(alone.frames) == [number]
+
+
+def test_frames_that_share_a_time(made):
+    """Times tell them from no other, so that they are counted; none is left out."""
+    clip = made("h264_twin_times", SHORT)
+    assert numbers_on(read_video(clip.path, frames=2).frames) == [0, SHORT - 1]
+    assert numbers_on(read_video(clip.path, seconds=[0.0, 0.07]).frames) == [1, 3]
