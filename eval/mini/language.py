@@ -47,6 +47,7 @@ __all__ = ["Bank", "Batch", "FrameSource", "Tally", "build_bank", "draw_batch", 
 
 BANK_STEPS = 8  # frames per clip
 TARGET_SPREAD = 0.4  # variance of thing features along each axis, beside embeddings of 0.08²
+QUIET = 1.0  # deviation of features in directions that tell nothing, before balancing
 # Of the loss; others 1. A video has one question about its last thing, but several of other kinds.
 LOSS_WEIGHTS = {"describe": 0.4, "last": 6.0, "count": 2.0, "exist": 2.0}
 # How often kinds of questions are drawn; others 1.
@@ -200,8 +201,9 @@ def thing_means(bank: Bank) -> tuple[Tensor, Tensor]:
 def balancing(bank: Bank) -> Tensor:
     """A matrix `[D, D]` that gives all directions in which things differ about the same spread.
 
-    Features of a trained tower tell shapes apart along a few directions that drown the rest. The
-    matrix is folded into the tower's last layer.
+    Features of a trained tower tell shapes apart along a few directions that drown the rest. Those
+    of some are far larger than what a layer adds to them, so that frames hardly learn of each
+    other: they are brought down. The matrix is folded into the tower's last layer.
     """
     things, nothing = thing_means(bank)
     means = things.flatten(0, 1)
@@ -210,9 +212,12 @@ def balancing(bank: Bank) -> Tensor:
     spread, axes = torch.linalg.eigh(means.T @ means / len(means))
     classes = len(SHAPES) + len(COLORS)
     spread, axes = spread[-classes:], axes[:, -classes:]
-    scale = (TARGET_SPREAD / spread).sqrt().clamp(0.2, 3.5)
     within = axes @ axes.T
-    matrix: Tensor = axes @ torch.diag(scale) @ axes.T + 0.7 * (torch.eye(len(within)) - within)
+    beside = torch.eye(len(within)) - within
+    tokens = bank.data[::7].float().flatten(0, 2) @ beside
+    loud = max(1.0, float(tokens.std(0).norm()) / QUIET)
+    scale = (TARGET_SPREAD / spread).sqrt().clamp(0.2 / loud, 3.5)
+    matrix: Tensor = axes @ torch.diag(scale) @ axes.T + 0.7 / loud * beside
     return matrix
 
 
