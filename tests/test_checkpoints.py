@@ -124,11 +124,11 @@ def test_a_video_s_layout_follows_its_frames(name: str, checkpoint: Checkpoint) 
         processor, "video", videos=[frames], video_metadata=[metadata], do_sample_frames=False
     )
     layout, levels = look(tiny, inputs)
-    merged = name.startswith("qwen")  # two frames are one
+    merged = name.startswith(("qwen", "glm"))  # two frames are one
     assert len(layout.canvas.unique()) == (4 if merged else 8)
     for canvas in layout.canvas.unique().tolist():
         check_plane(layout, levels, canvas, 2 * canvas + 0.5 if merged else canvas)
-    if name != "internvl":
+    if name not in ("internvl", "smolvlm"):  # whose frames are images
         assert torch.equal(layout.frame, layout.canvas)
     told = inputs.get("second_per_grid_ts", inputs.get("video_second_per_grid"))
     if told is None:

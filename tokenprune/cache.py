@@ -269,8 +269,7 @@ def full_cache_bytes(cache: Cache) -> int:
     total = 0
     for layer in cache.layers:
         if layer.is_initialized:
-            # A window includes the query's own token, which is not there yet.
-            length = layer.seen if layer.window is None else min(layer.seen, layer.window - 1)
+            length = min(layer.seen, layer.window or layer.seen)
             per_token = sum(
                 tensor.shape[0] * tensor.shape[1] * tensor.shape[3] * tensor.element_size()
                 for tensor in (layer.keys, layer.values)

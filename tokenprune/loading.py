@@ -340,9 +340,12 @@ def _process_shape(processor: Any, frames: Tensor) -> Any:
     if getattr(processor.video_processor, "do_center_crop", None):
         # What is cropped away must be decoded, or the crop would find the picture too small.
         arguments["do_center_crop"] = False
+    if getattr(processor.video_processor, "use_token_compression", None):
+        # Which tokens are left out depends on pixels; the size of frames does not.
+        arguments["use_token_compression"] = False
     try:
         return _process(processor, text=[processor.video_token], **arguments)
-    except NotImplementedError:  # some read pixels to count the placeholders
+    except RuntimeError:  # some read pixels to count the placeholders
         return _process(processor.video_processor, **arguments)
 
 

@@ -70,8 +70,8 @@ REFUSALS: dict[tuple[str, str], str] = {
     **{("vflowopt", name): "its map is read from a vision tower" for name in SOUND_ONLY},
 }
 
-TORN_BY_BEAMS = (*SOUND_ONLY, "phi4_multimodal_audio")
-"""Whose default prompt holds several sounds or windows, each of which `generate` repeats alone."""
+TORN_BY_BEAMS = (*SOUND_ONLY, "glm4v", "phi4_multimodal_audio")
+"""Whose default prompt holds several images, sounds or windows; `generate` repeats each alone."""
 
 NO_BEAMS: dict[str, str] = {
     # Variants whose media transformers itself cannot repeat for beams: why.

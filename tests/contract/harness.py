@@ -120,6 +120,13 @@ def forget_pruned_runs() -> None:
     _pruned.cache_clear()
 
 
+def windows_of(one: tiny.Tiny) -> list[int | None]:
+    """How far back the queries of each layer look; None for layers with full attention."""
+    config = one.model.get_decoder().config
+    types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in types]
+
+
 def codes_of(one: tiny.Tiny, recipe: str) -> dict[str, frozenset[int]]:
     """Codes of the modalities that each stage of a recipe looks at."""
     stages = Recipe.parse(recipe).stages(adapter_for(one.model).shape)

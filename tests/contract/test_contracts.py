@@ -20,6 +20,7 @@ from tests.contract.cases import (
     COMBINED,
     EVERYWHERE,
     MROPE,
+    NO_BEAMS,
     ONE_PER_SITE,
     REFUSALS,
     SEPARATORS,
@@ -44,6 +45,7 @@ from tests.contract.harness import (
     replay_of,
     sample_of,
     unpruned,
+    windows_of,
 )
 from tests.contract.memory import Watch
 from tests.contract.oracle import assert_close, dense_logits, positions_logged
@@ -55,7 +57,7 @@ from tokenprune.errors import TokenPruneError, UnsupportedModelError
 from tokenprune.recipe import Recipe
 from tokenprune.stage import Cache, Input, Layer, list_methods
 
-OF_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
+OF_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 """Inputs with one entry a token; others have one an image, clip or sound."""
 
 over_product = pytest.mark.parametrize("name, recipe", product())
@@ -287,7 +289,8 @@ def test_flash_attention_matches_sdpa(
     flash.calls = 0
     with prune(one.model, recipe):
         output = generate(one, prompt_of(one, kind))
-    assert flash.calls > 0
+    # In a batch, blocks of images, windows and heads of different holes are all beyond the kernels.
+    assert flash.calls > 0 or any(windows_of(one))
     assert torch.equal(output.sequences, expected.sequences)
     assert_close(logits_of(output), logits_of(expected))
 
@@ -347,7 +350,7 @@ def test_baselines_keep_the_count_they_were_told(name: str, at: str, keep: float
     for method in ("random", "uniform"):
         run = pruned(name, f"{method}(keep={keep} at={at})")
         total = len(run.calls[0].layouts[0])
-        layers = run.one.model.get_decoder().config.num_hidden_layers
+        layers = windows_of(run.one).count(None)
         assert len(run.calls[0].decisions) == (layers if at == "cache" else 1)
         for decision in run.calls[0].decisions:
             assert decision.candidates == total
@@ -378,7 +381,28 @@ def media_left(run: Run, layer: int) -> Tensor:
     for at, _, dropped in replay.dropped:
         if at == layer:
             left &= ~dropped
+    left[..., : forgotten(run, layer) + 1] = False
     return left
+
+
+SLACK = 64
+"""Tokens beyond its window that a layer remembers, so that they can be taken back."""
+
+
+def forgotten(run: Run, layer: int) -> int:
+    """The last token that a layer with a sliding window forgets by the end of the prefill, or -1.
+
+    It does so in steps: once it holds twice the slack.
+    """
+    window = windows_of(run.one)[layer]
+    samples, length = run.read.shape
+    gone = torch.stack([run.replay.gone_at(layer, sample, length) for sample in range(samples)])
+    real = run.inputs["attention_mask"].bool()
+    left = real & ~gone[:, : run.prompt_length]
+    columns = int(left.sum(dim=1).max()) if gone.any() else run.prompt_length
+    if window is None or columns < window + 2 * SLACK:
+        return -1
+    return run.prompt_length - window - SLACK
 
 
 # -- 4. batches, beams, turns, streams, assisted decoding
@@ -400,6 +424,8 @@ def test_a_left_padded_batch_equals_each_alone(name: str, recipe: str) -> None:
 @pytest.mark.parametrize("name, recipe", uses([EVERYWHERE, "plphp(keep=0.4)"]))
 def test_beam_search_scores_match_the_oracle(name: str, recipe: str) -> None:
     one = model_of(name)
+    if name in NO_BEAMS:
+        pytest.skip(NO_BEAMS[name])
     for kind in beam_kinds(name):
         inputs = prompt_of(one, kind)
         beams = 3
@@ -427,6 +453,8 @@ def beam_kinds(name: str) -> tuple[str, ...]:
     Media that are not encoded ahead are repeated one by one, so several of them end up with the
     wrong rows, unpruned too (and we refuse that).
     """
+    if name in NO_BEAMS:
+        return ()
     return ("second",) if name in TORN_BY_BEAMS else ("alone", "batch")
 
 
@@ -444,7 +472,9 @@ def shifted(replay: Any, by: int) -> Any:
 @in_use
 def test_several_return_sequences_match_the_oracle(name: str, recipe: str) -> None:
     one = model_of(name)
-    [kind, *_] = beam_kinds(name)
+    kind = next(iter(beam_kinds(name)), None)
+    if kind is None:
+        pytest.skip(NO_BEAMS[name])
     inputs = prompt_of(one, kind)
     torch.manual_seed(5)
     with prune(one.model, recipe) as report:
@@ -670,6 +700,10 @@ def foreign(one: Any) -> Any:
 @pytest.mark.parametrize("make", [quantized, static])
 def test_other_caches_are_refused_before_any_work(name: str, make: Any) -> None:
     one = model_of(name)
+    if make is quantized and any(windows_of(one)):
+        with pytest.raises(ValueError, match="only full attention"):
+            make(one)  # transformers refuses this one itself
+        return
     before = snapshot(one.model)
     worked = []
     layer = one.model.get_decoder().layers[0]
@@ -809,7 +843,10 @@ def test_compact_positions_match_the_oracle(name: str, recipe: str, kind: str) -
         assert_close(logits_of(turn), expected[:, start - 1 :])
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(MROPE)])
+# Windows, and the blocks of Gemma's images, go on counting the tokens of the unpruned sequence.
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if not name.startswith((*MROPE, "gemma3"))]
+)
 @torch.no_grad()
 def test_compact_positions_are_those_of_a_shorter_input(name: str) -> None:
     one = model_of(name)
@@ -850,23 +887,30 @@ def test_compact_positions_without_cache_and_mask() -> None:
 def test_kv_bytes_really_fall(name: str, recipe: str) -> None:
     run = pruned(name, recipe)
     samples, length = run.read.shape
-    config = run.one.model.get_decoder().config
+    heads = run.one.model.get_decoder().config.num_key_value_heads
     cache = run.output.past_key_values
     entry = 4 * (cache.layers[0].keys.shape[-1] + cache.layers[0].values.shape[-1])
-    media = len(run.calls[0].layouts[0])
+    position = run.calls[0].layouts[0].position
+    windows = windows_of(run.one)
+
+    def full_bytes(tokens: int) -> int:
+        return entry * heads * sum(min(tokens, window or tokens) for window in windows)
+
     expected, prefill = 0, 0
-    for number in range(config.num_hidden_layers):
+    for number, window in enumerate(windows):
         left = int(media_left(run, number).sum())
-        text = config.num_key_value_heads * (run.prompt_length - media)
-        decoded = config.num_key_value_heads * (length - run.prompt_length)
+        start = forgotten(run, number) + 1
+        text = heads * (run.prompt_length - start - int((position >= start).sum()))
+        decoded = heads * (length - run.prompt_length)
         prefill += entry * (left + text)
         expected += entry * (left + text + decoded)
-    full = entry * config.num_hidden_layers * config.num_key_value_heads
+        if window is not None:  # more than the window, but never much more
+            assert left + text + decoded < heads * (window + 2 * SLACK)
     assert stored_bytes(cache) == expected
-    assert stored_bytes(unpruned(name).output.past_key_values) == full * length
+    assert stored_bytes(unpruned(name).output.past_key_values) == full_bytes(length)
     assert run.calls[0].kv_bytes_after == prefill
-    assert run.calls[0].kv_bytes_before == full * run.prompt_length
-    assert expected < full * length
+    assert run.calls[0].kv_bytes_before == full_bytes(run.prompt_length)
+    assert expected < entry * heads * len(windows) * length
 
 
 def stored_bytes(cache: Any) -> int:

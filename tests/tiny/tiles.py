@@ -29,7 +29,7 @@ AROUND, GLOBAL, NEWLINE = 140, 141, 142
 
 def place(row: int, column: int) -> int:
     """The token that says which tile follows."""
-    return 143 + 2 * row + column
+    return 143 + 3 * row + column
 
 
 def views(rows: int, columns: int) -> list[int]:
