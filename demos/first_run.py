@@ -97,7 +97,7 @@ def _answer_both(
 def _heading(video: Path, media: Media, loaded: LoadedModel, pruned: Answer) -> str:
     lines = [f"video         {video}"]
     if media.video is not None:
-        info, timings = media.video.metadata, media.video.timings
+        info, timings = media.video.info, media.video.timings
         lines[0] += f": {info.duration_seconds:.0f} seconds, {info.width}x{info.height}"
         lines.append(
             f"frames        {len(media.frames)}, read once: packet index "

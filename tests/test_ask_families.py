@@ -17,6 +17,9 @@ from tokenprune.media import Timings, Video, VideoInfo
 # Qwen-Omni watches a video; a model that only hears takes its sound track.
 HEARING = [("qwen2_audio", "sound"), ("qwen2_audio", "video"), ("qwen2_5_omni", "sound")]
 
+CROPPING = ("llava", "video_llava", "vipllava")
+"""Families whose processors crop images to a square."""
+
 KEYS = ["answer", "media_tokens", "seconds", "kv_bytes", "frames", "recipe", "model"]
 SECONDS = ["index", "decode", "encode", "prefill", "per_token"]
 
@@ -59,8 +62,8 @@ def test_ask_about_an_image(name, checkpoint, command, files, tmp_path):
     assert found["seconds"]["index"] == found["seconds"]["decode"] == 0
     assert (found["frames"], found["model"]) == (1, str(folder))
     with Image.open(overlay) as picture:
-        # LLaVA crops to a square, small enough to be enlarged.
-        assert picture.size == ((180, 180) if name == "llava" else (160, 90))
+        # A square that a processor crops to is small enough to be enlarged.
+        assert picture.size == ((180, 180) if name in CROPPING else (160, 90))
 
 
 @pytest.mark.parametrize("name", SEEING)
@@ -117,7 +120,7 @@ def made_video(height: int, width: int, frames: int) -> Video:
         frames=pictures,
         pts_seconds=torch.arange(frames, dtype=torch.float64) / 10,
         indices=torch.arange(frames),
-        metadata=info,
+        info=info,
         substituted=torch.zeros(frames, dtype=torch.bool),
         pictures_decoded=frames,
         timings=Timings(0.0, 0.0),

@@ -127,7 +127,7 @@ class LoadedModel:
             arguments = {"audio": sounds, "sampling_rate": SAMPLING_RATE}
             return arguments, [{"type": "audio"}] * len(sounds)
         if media.video is not None and self._watches(media):
-            metadata = media.video.hf_metadata()
+            metadata = media.video.metadata
             arguments = {
                 "videos": [_whole_patches(self.processor, media.frames)],
                 "video_metadata": [metadata],

@@ -12,7 +12,7 @@ from tests.media.corpus import CORPUS
 from tokenprune.media import read_video, stream_video
 
 SIZE = (112, 192)  # of the pictures of most clips; the others are scaled to it
-SHORT, LONG = 72, 600
+SHORT, LONG = 72, 300
 # These are shown otherwise than a plain loop over the file's pictures gives them.
 ELSEWISE = {"h264_turned_90", "h264_turned_180"}
 
@@ -42,7 +42,7 @@ def test_every_frame_is_right(kind, made):
     video = read_video(clip.path, frames=10_000, size=SIZE, workers=2)
 
     assert numbers_on(video.frames) == clip.numbers
-    assert video.metadata.frame_count == len(clip.numbers)
+    assert video.info.frame_count == len(clip.numbers)
     assert video.damaged == 0
     assert (video.pts_seconds.diff() >= 0).all()
     if kind not in ELSEWISE:

@@ -168,9 +168,9 @@ def test_nothing_decodable_fails(clip):
 def test_file_that_changes_while_read_fails(clip, tmp_path, monkeypatch):
     path = tmp_path / "swapped.mp4"
     path.write_bytes(clip("h264_no_bframes").path.read_bytes())
-    index = index_video(path)
+    index = index_video(path, scan=True)
     path.write_bytes(clip("h264_bframes").path.read_bytes())
-    monkeypatch.setattr("tokenprune.media.video.index_video", lambda _: index)
+    monkeypatch.setattr("tokenprune.media.reader.index_video", lambda path, scan: index)
 
     with pytest.raises(DecodeError, match=re.escape("swapped.mp4' changed while it was read")):
         read_video(path, frames=8)

@@ -17,7 +17,7 @@ def test_every_frame_is_right(kind, clip, truth):
     assert [read_number(frame) for frame in video.frames.numpy()] == clip(kind).numbers
     assert np.array_equal(video.frames.numpy(), truth(kind))
     assert video.indices.tolist() == list(range(len(clip(kind).numbers)))
-    assert video.metadata.frame_count == len(clip(kind).numbers)
+    assert video.info.frame_count == len(clip(kind).numbers)
     assert video.damaged == 0
     assert video.pts_seconds[0] == 0 and (video.pts_seconds.diff() > 0).all()
 
@@ -88,7 +88,7 @@ def test_size_rule_sees_the_upright_picture(clip):
 
     assert seen == [(112, 192, 1), (112, 192, 1)]
     assert plain.frames.shape == turned.frames.shape == (1, 3, 56, 96)
-    assert turned.metadata.rotation == 270
+    assert turned.info.rotation == 270
     assert read_number(turned.frames[0].numpy()) == 0
 
 
@@ -102,7 +102,7 @@ def test_times_of_uneven_frames(clip):
 
 def test_times_count_from_the_first_frame(clip):
     video = read_video(clip("h264_ts_offset").path, frames=72)
-    assert video.metadata.start_seconds > 999
+    assert video.info.start_seconds > 999
     assert video.pts_seconds.numpy() == pytest.approx(np.arange(72) / 30, abs=1e-4)
     joined = read_video(clip("h264_ts_joined").path, frames=96)
     assert joined.pts_seconds.numpy() == pytest.approx(np.arange(96) / 30, abs=1e-3)

@@ -111,7 +111,7 @@ def test_late_seeks_are_noticed(kind, late, clip, monkeypatch):
     reader = PacketReader(index)
     spy = reader._container = LateSeeks(reader._container, late)
     for first in reversed(index.starts.tolist()):
-        packets = reader.read(first, first + 2)
+        packets = list(reader.packets(first, first + 2))
         assert [number for number, _ in packets] == [first, first + 1, first + 2]
         assert [packet.pts for _, packet in packets] == index.pts[first : first + 3].tolist()
     assert spy.seeks > 0

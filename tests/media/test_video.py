@@ -12,6 +12,7 @@ from tokenprune import media
 from tokenprune.errors import DecodeError, MediaError
 from tokenprune.media import index_video, probe, read_video, stream_video
 from tokenprune.media.decode import FrameDecoder
+from tokenprune.media.reader import group_bounds
 
 
 def workers_alive():
@@ -111,7 +112,7 @@ def test_video_knows_itself(clip):
 def test_metadata_for_transformers(clip):
     from transformers.video_utils import VideoMetadata
 
-    metadata = read_video(clip("h264_bframes").path, frames=3, size=(56, 84)).hf_metadata()
+    metadata = read_video(clip("h264_bframes").path, frames=3, size=(56, 84)).metadata
 
     assert isinstance(metadata, VideoMetadata)
     assert metadata.frames_indices == [0, 36, 71]
@@ -125,7 +126,7 @@ def test_stream_gives_the_same_in_groups(kind, workers, clip):
     whole = read_video(clip(kind).path, frames=50, workers=1)
     groups = list(stream_video(clip(kind).path, group=8, frames=50, workers=workers))
 
-    assert [len(group) for group in groups] == [8] * 6 + [2]
+    assert [len(group) for group in groups] == [4, 8, 8, 8, 8, 8, 6]
     for name in ("frames", "indices", "pts_seconds"):
         joined = torch.cat([getattr(group, name) for group in groups])
         assert torch.equal(joined, getattr(whole, name))
@@ -151,25 +152,28 @@ def test_leaving_a_stream_stops_its_workers(clip):
 def test_window_bounds_memory(clip):
     for kind in ("h264_all_intra", "h264_one_keyframe"):
         index = index_video(clip(kind).path)
-        ranks = np.arange(72)
-        with FrameDecoder(index, ranks, (112, 192), group=4, window=8, workers=3) as decoder:
+        bounds = group_bounds(72, 4, 4)
+        with FrameDecoder(
+            index, np.arange(72), (112, 192), bounds=bounds, window=8, workers=3
+        ) as decoder:
             for group in decoder.groups():
                 time.sleep(0.01)  # a slow caller: the workers run into the window
-                assert all(4 * block < group.first + 4 + 8 for block in decoder._blocks)
+                assert all(4 * block < group.first + 4 + 8 for block in decoder._rows._blocks)
 
 
 def test_worker_error_reaches_the_caller(clip, monkeypatch):
     def fail(*_):
         raise RuntimeError("no more memory")
 
-    monkeypatch.setattr(media.decode.Resizer, "__call__", fail)
+    monkeypatch.setattr(media.pictures.Resizer, "__call__", fail)
     with pytest.raises(DecodeError, match=r"cannot decode .*\.mp4'.*no more memory"):
         read_video(clip("h264_bframes").path, frames=10, workers=2)
 
 
 def test_closed_decoder_gives_no_more(clip):
     index = index_video(clip("h264_all_intra").path)
-    with FrameDecoder(index, np.arange(72), (8, 8), group=4, window=8, workers=2) as decoder:
+    bounds = group_bounds(72, 4, 4)
+    with FrameDecoder(index, np.arange(72), (8, 8), bounds=bounds, window=8, workers=2) as decoder:
         groups = decoder.groups()
         next(groups)
         decoder.close()

@@ -2,8 +2,9 @@
 
 from tokenprune.media.audio import read_audio
 from tokenprune.media.index import PacketIndex, VideoInfo, index_video, probe
+from tokenprune.media.reader import VideoReader, read_video, stream_video
 from tokenprune.media.sample import SizeRule
-from tokenprune.media.video import Timings, Video, read_video, stream_video
+from tokenprune.media.video import Timings, Video
 
 __all__ = [
     "PacketIndex",
@@ -11,6 +12,7 @@ __all__ = [
     "Timings",
     "Video",
     "VideoInfo",
+    "VideoReader",
     "index_video",
     "probe",
     "read_audio",

@@ -1,6 +1,5 @@
 """Reading the packets of a run from the file, by reading on or by a seek that is checked."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -16,16 +15,23 @@ SEEK_GAP_BYTES = 1 << 20  # below this, reading on is quicker than a seek
 LANDING_PACKETS = 4096  # how far to read after a seek for a packet that the index knows
 
 
-class PacketReader:
-    """One open file that hands out packets by their number in the index.
+class IndexMismatch(DecodeError):
+    """A packet of the file is not the one that its index names."""
 
-    Workers share it under its lock: reading is a small part of the work of decoding. Each packet
-    is compared with the index, so that a bad seek, or a file that changed, cannot go unnoticed.
+
+class PacketReader:
+    """An open file that hands out packets by their number in the index; each worker has its own.
+
+    Each packet is compared with the index, so that a bad seek, or a file that changed, cannot go
+    unnoticed.
+
+    Attributes:
+        bytes_read: bytes of video packets read so far, those passed over included.
     """
 
     def __init__(self, index: PacketIndex) -> None:
         self._index = index
-        self._lock = threading.Lock()
+        self.bytes_read = 0
         self._may_seek = index.seekable
         self._offset = np.concatenate([[0], np.cumsum(index.size)])
         self._by_pts = np.argsort(index.pts, kind="stable")
@@ -35,19 +41,14 @@ class PacketReader:
 
     def close(self) -> None:
         """Close the file."""
-        with self._lock:
-            self._stack.close()
+        self._stack.close()
 
-    def read(self, first: int, last: int) -> list[tuple[int, Any]]:
-        """The packets `first` to `last` with their numbers.
+    def packets(self, first: int, last: int) -> Iterator[tuple[int, Any]]:
+        """The packets `first` to `last` with their numbers, read as they are asked for.
 
         Raises:
-            DecodeError: the file no longer matches its index.
+            IndexMismatch: the file is not what its index says.
         """
-        with self._lock:
-            return list(self._read(first, last))
-
-    def _read(self, first: int, last: int) -> Iterator[tuple[int, Any]]:
         self._go_to(first)
         resume = first
         while self._at <= last:
@@ -55,14 +56,15 @@ class PacketReader:
             if packet is None or not self._is_expected(packet):
                 if not self._sought:
                     name = self._index.info.path
-                    raise DecodeError(f"{name!r} changed while it was read; read it again")
+                    raise IndexMismatch(f"{name!r} changed while it was read; read it again")
                 self._may_seek = False  # this file's seeks cannot be trusted: once more from 0
                 resume = max(resume, self._at)
                 self._reopen()
                 continue
-            if self._at >= resume:
-                yield self._at, packet
-            self._at += 1
+            number = self._at
+            self._at += 1  # before the caller may leave
+            if number >= resume:
+                yield number, packet
 
     def _go_to(self, first: int) -> None:
         """Stand at or before packet `first`."""
@@ -128,9 +130,11 @@ class PacketReader:
             packet, self._pushed_back = self._pushed_back, None
             return packet
         try:
-            return next((packet for packet in self._packets if packet.size), None)
+            packet = next((packet for packet in self._packets if packet.size), None)
         except av.error.FFmpegError:  # where the scan ended, too
             return None
+        self.bytes_read += packet.size if packet is not None else 0
+        return packet
 
     def _reopen(self) -> None:
         self._stack.close()

@@ -1,4 +1,4 @@
-"""The packet index: one pass over a file's packets, without decoding, that fixes what is where.
+"""The packet index, from a file's own table or a pass over its packets: it fixes what is where.
 
 Frame i of a video is the i-th shown packet in order of presentation time, whatever the container
 declares about counts, duration or rate.
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from tokenprune.errors import DecodeError
 from tokenprune.media.files import geometry, is_hidden, is_skippable, open_media, video_stream
+from tokenprune.media.mp4 import SampleTable, sample_table
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -58,6 +59,7 @@ class VideoInfo:
 
 
 _HELD_AT_BREAK = 2  # packets that a demuxer may hold
+_LOOKS = 64  # packets to decode at most until the first picture comes out
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -80,6 +82,8 @@ class PacketIndex:
         timed: whether timestamps identify frames; otherwise they are counted from the start.
         skippable: whether leaving out pictures that no other refers to is known to be exact.
         error: why the scan ended before the end of the file, or None.
+        scanned: whether all packets were read; otherwise the file's own table was believed, and
+            each packet is compared with it when it is decoded.
     """
 
     info: VideoInfo
@@ -94,6 +98,7 @@ class PacketIndex:
     timed: bool
     skippable: bool
     error: str | None
+    scanned: bool = True
 
     def __repr__(self) -> str:
         info = self.info
@@ -121,19 +126,27 @@ class PacketIndex:
         return bool(self.epoch[after] != self.epoch[packet])
 
 
-def index_video(path: str | os.PathLike[str]) -> PacketIndex:
-    """Scan the packets of a video file; only its first picture is decoded, for its size and turn.
+def index_video(path: str | os.PathLike[str], *, scan: bool = False) -> PacketIndex:
+    """Index the packets of a video file; only its first picture is decoded, for its size and turn.
+
+    Args:
+        path: a local file.
+        scan: read all packets even if the file has a table of them.
 
     Raises:
         MediaError: the file is missing, empty, not media, without video, or without frames.
     """
     with open_media(path) as container:
         stream = video_stream(container)
-        scan = _Scan(stream)
-        scan.run(container)
-        if not scan.shown:
+        table = None if scan else sample_table(container.name, stream)
+        columns = _Scan(stream)
+        if table is None:
+            columns.run(container)
+        elif not columns.look_up(container, table):
+            return index_video(path, scan=True)
+        if not columns.shown:
             raise DecodeError(f"{container.name!r} has a video stream but no frames in it")
-        index = _build(container, stream, scan)
+        index = _build(container, stream, columns)
     if not index.info.width or not index.info.height:
         raise DecodeError(
             f"{index.info.path!r}: no picture of its video can be decoded; convert it, to H.264 say"
@@ -163,6 +176,35 @@ class _Scan:
         self.shown: list[int] = []
         self.first_picture: Any = None
         self.error: str | None = None
+        self.scanned = True
+
+    def look_up(self, container: Any, table: SampleTable) -> bool:
+        """Fill the columns from the file's table; False if its first packets are not the file's."""
+        self.scanned = False
+        try:
+            for packet in container.demux(self.stream):
+                if packet.size:
+                    self._add(packet)
+                    if self.first_picture is not None or len(self.size) == _LOOKS:
+                        break
+        except av.error.FFmpegError:
+            return False
+        seen = len(self.size)
+        if not seen or len(table.size) < seen or NO_TIME in self.pts:
+            return False
+        pts = table.dts + table.shift + (self.pts[0] - table.dts[0] - table.shift[0])
+        shown = np.flatnonzero(~table.discard)
+        columns = (pts, table.dts, table.size, table.duration, table.keyframe)
+        read = (self.pts, self.dts, self.size, self.duration, self.keyframe)
+        if any(there[:seen].tolist() != here for there, here in zip(columns, read, strict=True)):
+            return False
+        if self.shown != shown[shown < seen].tolist():
+            return False
+        self.pts, self.dts, self.size, self.duration, self.keyframe = (
+            column.tolist() for column in columns
+        )
+        self.shown = shown.tolist()
+        return True
 
     def run(self, container: Any) -> None:
         """Read to the end of the file, or to the point where it cannot be read on."""
@@ -174,7 +216,7 @@ class _Scan:
             self.error = error.strerror
 
     def _add(self, packet: Any) -> None:
-        if self.first_picture is None and len(self.size) < 64:
+        if self.first_picture is None and len(self.size) < _LOOKS:
             self._look(packet)
         if not (packet.is_discard or is_hidden(self.stream, packet)):
             self.shown.append(len(self.size))
@@ -242,6 +284,7 @@ def _build(container: Any, stream: Any, scan: _Scan) -> PacketIndex:
         timed=timed,
         skippable=timed and is_skippable(stream),
         error=scan.error,
+        scanned=scan.scanned,
     )
 
 

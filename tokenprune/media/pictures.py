@@ -14,7 +14,7 @@ from tokenprune.media.damage import Counter, Decoded, Sieve
 from tokenprune.media.files import open_media, video_stream
 from tokenprune.media.index import Ints, PacketIndex
 
-Write = Callable[[int, Any, bool], None]
+Write = Callable[[int, Any, bool], bool]
 GBR = (1, 2, 0)  # planes of swscale's planar RGB, as channels
 
 
@@ -110,7 +110,8 @@ def fill(
         pictures: decoded pictures in presentation order.
         places: places of the wanted ones, increasing.
         rows: their rows in the output.
-        write: takes a row, the picture for it, and whether that is a substitute.
+        write: takes a row, the picture for it, and whether that is a substitute; False if the row
+            cannot be written now.
         substitute: where a wanted picture does not come, or is damaged, write the nearest earlier
             sound one; or, if there is none, the next sound one; or else what there is.
         counted: places are counted, so damaged pictures are written as they come.
@@ -124,17 +125,17 @@ def fill(
     for place, picture, damaged in pictures:
         while due and (due[0][0] < place or (due[0][0] == place and damaged and not counted)):
             row = due.popleft()[1]
-            if substitute and sound is not None:
-                write(row, sound, True)
-            else:
+            if not (substitute and sound is not None and write(row, sound, True)):
                 lost.append(row)
-        if due and due[0][0] == place:
-            write(due.popleft()[1], picture, damaged)
-        latest = picture
         if not damaged:
             sound = picture
-            if substitute:
+            if substitute:  # before the row that is due: rows come in order
                 lost = _write_all(lost, picture, write)
+        if due and due[0][0] == place and not write(due[0][1], picture, damaged):
+            break  # behind a gap, and outside the window: so are all that follow
+        if due and due[0][0] == place:
+            due.popleft()
+        latest = picture
         if not due and not (substitute and lost):
             return lost
     lost += [row for _, row in due]

@@ -1,78 +1,68 @@
 """Decoding one unit: once quickly, and again with more care where frames did not come."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from tokenprune.errors import DecodeError
 from tokenprune.media.demux import PacketReader
-from tokenprune.media.index import PacketIndex
-from tokenprune.media.pictures import PictureDecoder, fill
+from tokenprune.media.index import Ints, PacketIndex
+from tokenprune.media.pictures import PictureDecoder, Resizer, fill
 from tokenprune.media.plan import Unit, earlier_start
+from tokenprune.media.rows import RowSink
 
-Packets = list[tuple[int, Any]]
-Store = Callable[[int, Any, bool, bool], None]
 RETRY_KEYFRAMES = (0, 1, 4)  # how far back to begin again, leaving nothing out, for a lost frame
 
 
 class UnitDecoder:
-    """What a worker owns: its decoder, and a second one for damaged units.
+    """What a worker owns: the open file, its decoder, and a second one for damaged units.
 
     Args:
         index: the packet index.
-        reader: gives more packets for another try.
+        size: height and width of the rows.
         threads: threads inside the codec.
+        rows: where the rows are written.
+        counters: `[2]`, kept up to date: pictures that came out of the decoders, and bytes of the
+            video's packets that were read.
     """
 
-    def __init__(self, index: PacketIndex, reader: PacketReader, threads: int) -> None:
-        self._index, self._reader = index, reader
+    def __init__(
+        self, index: PacketIndex, size: tuple[int, int], threads: int, rows: RowSink, counters: Ints
+    ) -> None:
+        self._index, self._rows, self._counters = index, rows, counters
+        self._resize = Resizer(size, index.info.rotation)
+        self._reader = PacketReader(index)
         self._quick = PictureDecoder(index, threads)
         self._careful: PictureDecoder | None = None
 
-    @property
-    def pictures(self) -> int:
-        """Pictures that came out of the decoders so far."""
-        return self._quick.pictures + (self._careful.pictures if self._careful else 0)
-
     def close(self) -> None:
-        """Free the decoders."""
+        """Free the decoders and close the file."""
+        self._reader.close()
         self._quick.close()
         if self._careful:
             self._careful.close()
 
-    def decode(self, unit: Unit, packets: Packets, store: Store) -> None:
-        """Decode the wanted frames of a unit.
-
-        Args:
-            unit: the unit.
-            packets: its packets with their numbers.
-            store: takes a row, the picture for it, whether that is a substitute, and whether all
-                rows before it in the unit have been stored.
+    def decode(self, unit: Unit) -> None:
+        """Decode the wanted frames of a unit into their rows.
 
         Raises:
             DecodeError: no picture could be decoded that might stand for a wanted one.
+            Stopped: nothing is to be written any more.
         """
-        due = unit.row
-
-        def write(row: int, picture: Any, is_substitute: bool) -> None:
-            nonlocal due
-            store(row, picture, is_substitute, row == due)
-            due += row == due
-
-        rows = list(range(unit.row, unit.row + len(unit.ranks)))
+        missing = list(range(unit.row, unit.row + len(unit.ranks)))
         skip = self._index.skippable
-        missing = self._run(self._quick, unit, rows, packets, write, skip=skip, substitute=False)
+        missing = self._run(self._quick, unit, missing, unit.first, unit.last, skip=skip)
         for keyframes in RETRY_KEYFRAMES:
             if not missing:
                 return
             last_try = keyframes == RETRY_KEYFRAMES[-1]
             first = earlier_start(self._index, unit.first, keyframes)
-            packets = self._reader.read(first, self._after(unit.last) if last_try else unit.last)
+            last = self._after(unit.last) if last_try else unit.last
             # One thread tells best which packet was damaged.
             self._careful = self._careful or PictureDecoder(self._index, 1)
             missing = self._run(
-                self._careful, unit, missing, packets, write, skip=False, substitute=last_try
+                self._careful, unit, missing, first, last, skip=False, substitute=last_try
             )
         if missing:
             rank, name = unit.ranks[missing[0] - unit.row], self._index.info.path
@@ -83,19 +73,45 @@ class UnitDecoder:
         decoder: PictureDecoder,
         unit: Unit,
         rows: list[int],
-        packets: Packets,
-        write: Callable[[int, Any, bool], None],
+        first: int,
+        last: int,
         *,
         skip: bool,
-        substitute: bool,
+        substitute: bool = False,
     ) -> list[int]:
         """Decode and write; gives the rows that were not written."""
         ranks = unit.ranks[np.array(rows) - unit.row]
         wanted = self._index.order[ranks]
         places = self._index.place[wanted] if self._index.timed else ranks
-        pictures = decoder.decode(packets, wanted, skip=skip)
+        pictures = decoder.decode(self._packets(first, last), wanted, skip=skip)
+        due = 0
+
+        def write(row: int, picture: Any, is_substitute: bool) -> bool:
+            nonlocal due
+            # Behind a gap there is no waiting: the row awaited may be the one that is missing.
+            is_next = row == rows[due]
+            place = self._rows.offer(row, waits=is_next)
+            if place is None:
+                return False
+            self._resize(picture, place)
+            self._rows.stored(row, is_substitute)
+            due = min(due + is_next, len(rows) - 1)
+            return True
+
         counted = not self._index.timed
-        return fill(pictures, places.tolist(), rows, write, substitute=substitute, counted=counted)
+        lost = fill(pictures, places.tolist(), rows, write, substitute=substitute, counted=counted)
+        self._count()
+        return lost
+
+    def _packets(self, first: int, last: int) -> Iterator[tuple[int, Any]]:
+        for item in self._reader.packets(first, last):
+            self._rows.check()
+            self._count()
+            yield item
+
+    def _count(self) -> None:
+        careful = self._careful.pictures if self._careful else 0
+        self._counters[:] = self._quick.pictures + careful, self._reader.bytes_read
 
     def _after(self, packet: int) -> int:
         """A packet so far after this one that a picture can be decoded before it."""

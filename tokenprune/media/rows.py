@@ -1,0 +1,230 @@
+"""Where decoded rows are put: the memory they are written to, and the window that bounds it."""
+
+import mmap
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenprune.media.index import Bools, Ints
+
+Picture = NDArray[np.uint8]  # one, `[3, H, W]`, or several
+
+
+class Stopped(Exception):
+    """Unwinds a worker whose reader was closed, or whose fellow failed."""
+
+
+class RowSink(Protocol):
+    """What a worker needs to know about the rows it writes."""
+
+    def offer(self, row: int, *, waits: bool) -> Picture | None:
+        """Memory `[3, H, W]` for a row.
+
+        None if the row lies outside the window and the caller does not wait.
+
+        Raises:
+            Stopped: nothing is to be written any more.
+        """
+
+    def stored(self, row: int, is_substitute: bool) -> None:
+        """Note that a row is complete."""
+
+    def check(self) -> None:
+        """Raise `Stopped` if nothing is to be written any more."""
+
+
+class Ring:
+    """Shared memory for the rows of a window: row r lies in slot r modulo its length.
+
+    The memory has no name. Workers inherit its file descriptor, so nothing can be left behind,
+    however the processes end. Behind the slots lie the workers' counters.
+
+    Args:
+        slots: rows at most.
+        size: height and width of the rows.
+        workers: number of workers that count.
+        descriptor: of the memory to attach to; None makes it.
+    """
+
+    def __init__(
+        self, slots: int, size: tuple[int, int], workers: int, descriptor: int | None = None
+    ) -> None:
+        shape = (slots, 3, *size)
+        total = int(np.prod(shape))
+        padded = -(-total // 8) * 8
+        length = padded + workers * 16
+        self.descriptor = _nameless_memory(length) if descriptor is None else descriptor
+        memory = mmap.mmap(self.descriptor, length)  # lives as long as an array looks at it
+        self.rows: Picture = np.frombuffer(memory, np.uint8, total).reshape(shape)
+        counters: Ints = np.frombuffer(memory, np.int64, workers * 2, padded)
+        self.counters = counters.reshape(workers, 2)  # pictures decoded, bytes read
+
+    def __getitem__(self, row: int) -> Picture:
+        slot: Picture = self.rows[row % len(self.rows)]
+        return slot
+
+    def close(self) -> None:
+        """Close the descriptor; the memory goes with the last array that looks at it."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def _nameless_memory(length: int) -> int:
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("tokenprune")
+    else:
+        with tempfile.TemporaryFile() as file:  # it has no name either
+            descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, length)
+    return descriptor
+
+
+class Rows:
+    """The rows asked for, on their way from the workers to the caller, in groups.
+
+    No row is written that lies `window` rows or more after the last group taken.
+
+    Args:
+        bounds: `[G + 1]` rows where groups begin, and the number of rows.
+        size: height and width of the rows.
+        window: how far writing may run ahead of taking.
+        ring: shared memory of `window` slots; None for memory of this process alone.
+    """
+
+    def __init__(
+        self, bounds: Ints, size: tuple[int, int], window: int, ring: Ring | None = None
+    ) -> None:
+        self._bounds, self._size, self._window, self._ring = bounds, size, window, ring
+        self._change = threading.Condition()
+        self._blocks: dict[int, Picture] = {}
+        self._left = np.diff(bounds)
+        self._substituted: set[int] = set()
+        self._taken = 0  # rows
+        self._error: BaseException | None = None
+        self._closed = False
+
+    @property
+    def limit(self) -> int:
+        """Rows before this one may be written."""
+        return self._taken + self._window
+
+    def check(self) -> None:
+        """See `RowSink`."""
+        if self._is_over:
+            raise Stopped
+
+    @property
+    def _is_over(self) -> bool:
+        return self._closed or self._error is not None
+
+    def await_room(self, row: int) -> None:
+        """Wait until a row lies in the window.
+
+        Raises:
+            Stopped: nothing is to be written any more.
+        """
+        with self._change:
+            self._change.wait_for(lambda: row < self.limit or self._is_over)
+        self.check()
+
+    def offer(self, row: int, *, waits: bool) -> Picture | None:
+        """See `RowSink`."""
+        if waits:
+            self.await_room(row)
+        self.check()
+        with self._change:
+            if row >= self.limit:
+                return None
+            number = self._group(row)
+            if number not in self._blocks:
+                count = int(self._bounds[number + 1] - self._bounds[number])
+                self._blocks[number] = np.empty((count, 3, *self._size), np.uint8)
+            place: Picture = self._blocks[number][row - int(self._bounds[number])]
+            return place
+
+    def stored(self, row: int, is_substitute: bool) -> None:
+        """See `RowSink`."""
+        with self._change:
+            if is_substitute:
+                self._substituted.add(row)
+            self._left[self._group(row)] -= 1
+            if self._left[self._group(row)] == 0:
+                self._change.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """End all writing; the error is raised where rows are missed. The first one counts."""
+        with self._change:
+            self._error = self._error or error
+            self._change.notify_all()
+
+    def close(self) -> None:
+        """End all writing, and free what nobody took."""
+        with self._change:
+            self._closed = True
+            self._blocks.clear()
+            self._change.notify_all()
+
+    def wake(self) -> None:
+        """Let who waits for a group look again whether workers are alive."""
+        with self._change:
+            self._change.notify_all()
+
+    def take(
+        self,
+        number: int,
+        *,
+        is_alive: Callable[[], bool],
+        progress: Callable[[], int],
+        patience: float,
+    ) -> tuple[Picture, Bools]:
+        """The frames `[G, 3, H, W]` of a group, and which are substitutes, once all are there.
+
+        Args:
+            number: of the group; they are taken in order.
+            is_alive: whether a worker is still at work.
+            progress: a number that changes while workers get on.
+            patience: seconds to wait without progress.
+
+        Raises:
+            TimeoutError: no worker got on for too long.
+            Exception: what made a worker fail.
+        """
+        done, moved = progress(), time.monotonic()
+        with self._change:
+            while self._left[number] and not self._is_over and is_alive():
+                self._change.wait(min(1.0, patience))
+                if done != progress():
+                    done, moved = progress(), time.monotonic()
+                elif time.monotonic() - moved > patience:
+                    raise TimeoutError(
+                        f"nothing was decoded for {patience:g} seconds; is the file on a disk that "
+                        "hangs? Otherwise give a larger timeout_seconds"
+                    )
+            if self._closed or self._left[number]:
+                raise self._error or RuntimeError("the reader was closed, or a worker ended early")
+            first, end = int(self._bounds[number]), int(self._bounds[number + 1])
+            frames = self._frames(number, first, end)
+            self._taken = end
+            self._change.notify_all()
+            substituted = np.array([row in self._substituted for row in range(first, end)])
+            self._substituted.difference_update(range(first, end))
+        return frames, substituted
+
+    def _frames(self, number: int, first: int, end: int) -> Picture:
+        if self._ring is None:
+            return self._blocks.pop(number)
+        slots = self._ring.rows
+        if len(slots) == end - first:
+            return slots
+        taken: Picture = slots[np.arange(first, end) % len(slots)]
+        return taken
+
+    def _group(self, row: int) -> int:
+        return int(np.searchsorted(self._bounds, row, "right")) - 1
