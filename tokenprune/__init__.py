@@ -22,6 +22,7 @@ from tokenprune.layout import TokenLayout
 from tokenprune.recipe import Recipe
 from tokenprune.report import Report
 from tokenprune.selection import Selection
+from tokenprune.session import Session
 from tokenprune.stage import list_methods
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "RecipeError",
     "Report",
     "Selection",
+    "Session",
     "TokenLayout",
     "TokenPruneError",
     "UnsupportedModelError",

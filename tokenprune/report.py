@@ -223,6 +223,17 @@ class Report:
             found["per_token"] = self._steps[-1][1].seconds_since(self._steps[0][0]) / self._count
         return found
 
+    @property
+    def turn_seconds(self) -> dict[str, float]:
+        """Seconds of an answer without new media: "prefill" of its text, and mean "per_token"."""
+        if not self._steps:
+            return {}
+        text, last = self._steps[0], self._steps[-1]
+        found = {"prefill": text[1].seconds_since(text[0])}
+        if self._count > 1:
+            found["per_token"] = last[1].seconds_since(text[1]) / (self._count - 1)
+        return found
+
     def overlay(self, frames: Any, *, sample: int = 0, columns: int | None = None) -> Image:
         """A picture of the frames in which dropped tokens are dark.
 

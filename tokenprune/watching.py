@@ -1,0 +1,301 @@
+"""Watching: frames in, a pruned cache out, group by group."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+from transformers.cache_utils import Cache
+
+from tokenprune.cache import cache_bytes, full_cache_bytes, new_cache
+from tokenprune.engine import Patch
+from tokenprune.errors import MediaError, TokenPruneError, UnsupportedModelError
+from tokenprune.loading import LoadedModel, frame_size
+from tokenprune.media import stream_video
+from tokenprune.report import KVBytes, MediaTokens
+from tokenprune.rollback import Bookmark
+from tokenprune.streaming import Group, Pace, Script, Tokens, temporal_patch
+
+__all__ = ["WatchedGroup", "Watcher"]
+
+
+@dataclass(frozen=True)
+class WatchedGroup:
+    """What became of one group of frames.
+
+    Attributes:
+        first_frame: Number of its first frame among those watched, from 0.
+        frames: How many it holds.
+        media_tokens: Counts before and after pruning, and what each site let through.
+        kv_bytes: Bytes of the whole cache after it: unpruned, and as measured.
+        began_seconds: When the session began to wait for it, since the session was made.
+        decode_seconds: The time waited for its frames; 0 for frames that were given.
+        process_seconds: The processor's time.
+        encode_seconds: The encoder's time.
+        prefill_seconds: The language model's time, pruning included.
+    """
+
+    first_frame: int
+    frames: int
+    media_tokens: MediaTokens
+    kv_bytes: KVBytes
+    began_seconds: float
+    decode_seconds: float
+    process_seconds: float
+    encode_seconds: float
+    prefill_seconds: float
+
+
+class Watcher:
+    """Sends groups of frames through a patched model.
+
+    Args:
+        loaded: The model and its processor.
+        patch: What prunes; entered for each group.
+        group: Frames of a group.
+
+    Attributes:
+        groups: What became of each group.
+        cache: The pruned cache; None before the first group.
+        told: The tokens that it stands for, pruned ones included; None before the first group.
+        script: How the processor writes groups; None before the first frames, as the next two.
+        pace: How frames lie in time.
+        size: Height and width of the frames.
+        sized: Whether that is the size to which the processor would bring them.
+        source_frames: Frames of the source that went by, watched or not.
+        counted: Items, canvases and frames that layouts have told so far.
+    """
+
+    def __init__(self, loaded: LoadedModel, patch: Patch, group: int) -> None:
+        _check_group(group, temporal_patch(loaded))
+        self._loaded = loaded
+        self._patch = patch
+        self.group = group
+        self._started = time.perf_counter()
+        self.forget()
+
+    def forget(self) -> None:
+        """Be as one that has watched nothing."""
+        self.groups: list[WatchedGroup] = []
+        self.cache: Cache | None = None
+        self.told: Tokens | None = None
+        self.script: Script | None = None
+        self.pace: Pace | None = None
+        self.size: tuple[int, int] | None = None
+        self.sized = False
+        self.source_frames = 0
+        self.counted = (0, 0, 0)
+        self._waiting: list[Tensor] = []
+
+    @property
+    def frames(self) -> int:
+        """Frames watched, those included that wait for their group to fill."""
+        return sum(group.frames for group in self.groups) + sum(map(len, self._waiting))
+
+    def watch_file(
+        self, path: str | os.PathLike[str], frames: int | None, fps: float | None
+    ) -> None:
+        """Prefill the chosen frames of a file, group by group, as they are decoded."""
+        rule = frame_size(self._loaded.processor)
+        planned = 0
+
+        def size(height: int, width: int, count: int) -> tuple[int, int]:
+            nonlocal planned
+            planned = count
+            if self.size is not None:
+                return self.size
+            return (height, width) if rule is None else rule(height, width, count)
+
+        offset = self.source_frames
+        for video in stream_video(path, group=self.group, frames=frames, fps=fps, size=size):
+            info = video.info
+            pace = Pace(info.average_fps, planned / info.frame_count * info.average_fps)
+            if self.pace is None:
+                self._begin(video.frames, rule is not None, pace)
+            self._check_rate(pace.sampled_fps)
+            assert self.pace is not None
+            scale = self.pace.source_fps / pace.source_fps
+            indices = offset + (video.indices * scale).round().long()
+            self.source_frames = offset + round(info.frame_count * scale)
+            self._prefill(Group.of(video.frames, indices, self.pace, video.timings))
+
+    def watch_frames(self, frames: Tensor, fps: float | None) -> None:
+        """Prefill full groups of frames; what is left of them waits for more."""
+        if (
+            frames.dtype != torch.uint8
+            or frames.ndim != 4
+            or frames.shape[1] != 3
+            or not len(frames)
+        ):
+            raise MediaError(
+                f"frames must be [F, 3, H, W] uint8, got {list(frames.shape)} {frames.dtype}"
+            )
+        if fps is not None and not 0 < fps < float("inf"):
+            raise MediaError(f"fps must be a number above 0, got {fps}")
+        rule = frame_size(self._loaded.processor)
+        if self.pace is None:
+            if fps is None:
+                raise MediaError("frames need their rate: give fps, such as fps=2.0")
+            if rule is not None:
+                height, width = frames.shape[-2:]
+                frames = self._resize(frames, rule(height, width, len(frames)))
+            self._begin(frames, rule is not None, Pace(fps, fps))
+        elif fps is not None:
+            self._check_rate(fps)
+        assert self.size is not None
+        self._waiting.append(self._resize(frames, self.size))
+        while sum(map(len, self._waiting)) >= self.group:
+            self._prefill_waiting(self.group)
+
+    def _begin(self, frames: Tensor, sized: bool, pace: Pace) -> None:
+        """Settle what all frames have in common."""
+        height, width = frames.shape[-2:]
+        script = Script(self._loaded, (height, width), sized, pace)
+        self.script, self.size, self.sized, self.pace = script, (height, width), sized, pace
+
+    def _check_rate(self, fps: float) -> None:
+        assert self.pace is not None
+        first = self.pace.sampled_fps
+        if abs(fps - first) > 1e-3 * first:
+            raise MediaError(
+                f"all frames of a session are one clip, watched at one rate: got {fps:g} frames "
+                f"per second after {first:g}; choose fps={first:g}, or a session of their own"
+            )
+
+    def _resize(self, frames: Tensor, size: tuple[int, int]) -> Tensor:
+        if tuple(frames.shape[-2:]) == tuple(size):
+            return frames
+        bicubic = InterpolationMode.BICUBIC  # what most processors do
+        resized: Tensor = functional.resize(
+            frames, list(size), interpolation=bicubic, antialias=True
+        )
+        return resized
+
+    def flush(self) -> None:
+        """Prefill the frames that wait for more."""
+        waiting = sum(map(len, self._waiting))
+        if waiting:
+            self._prefill_waiting(waiting)
+
+    def _prefill_waiting(self, count: int) -> None:
+        assert self.pace is not None
+        frames = torch.cat(self._waiting)
+        self._waiting = [frames[count:].clone()] if len(frames) > count else []
+        step = self.pace.source_fps / self.pace.sampled_fps
+        indices = self.source_frames + (torch.arange(count) * step).round().long()
+        self._prefill(Group.of(frames[:count], indices, self.pace))
+        self.source_frames += round(count * step)
+
+    def _prefill(self, group: Group) -> None:
+        """Send a group through the model; if that fails, nothing of it is left."""
+        assert self.script is not None
+        began = time.perf_counter()
+        new = self.script.write(group, opening=self.told is None)
+        processed = time.perf_counter()
+        told, closing = new, self.script.closing
+        if self.told is not None:
+            told = self.told.first(len(self.told) - closing).then(new)
+        language_model: Any = self._patch.adapter.language_model
+        cache = new_cache(language_model.config) if self.cache is None else self.cache
+        mark = None if self.cache is None else Bookmark(cache, margin=closing)
+        calls = len(self._patch.report.calls)
+        try:
+            if mark is not None and closing:
+                cache.crop(-closing)
+            self._forward(told, new, cache)
+            self._check_closing(len(told) - closing)
+        except BaseException:
+            del self._patch.report.calls[calls:]
+            if mark is None:
+                self.forget()
+            else:
+                mark.restore()
+            raise
+        self.cache, self.told = cache, told
+        self._locate()
+        seconds = self._patch.report.seconds
+        self.groups.append(
+            WatchedGroup(
+                first_frame=sum(one.frames for one in self.groups),
+                frames=len(group.frames),
+                media_tokens=self._patch.report.last.media_tokens,
+                kv_bytes={"before": full_cache_bytes(cache), "after": cache_bytes(cache)},
+                began_seconds=began - group.timings.decode_seconds - self._started,
+                decode_seconds=group.timings.decode_seconds,
+                process_seconds=processed - began,
+                encode_seconds=seconds["encode"],
+                prefill_seconds=seconds["prefill"],
+            )
+        )
+
+    def _forward(self, told: Tokens, new: Tokens, cache: Cache) -> None:
+        model: Any = self._loaded.model
+        # The logits of a group are of no use.
+        least = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        assert self.script is not None
+        # Some families find the end of a clip by what follows it.
+        positions = self.positions(told.then(self.script.ending))
+        with torch.no_grad(), self._patch:
+            model(
+                input_ids=new.ids,
+                position_ids=positions[..., len(told) - len(new) : len(told)],
+                past_key_values=cache,
+                use_cache=True,
+                **new.types,
+                **new.media,
+                **least,
+            )
+
+    def positions(self, told: Tokens) -> Tensor:
+        """The positions that `generate` gives to a prompt: `[..., 1, S]`."""
+        model: Any = self._loaded.model
+        known = {
+            "input_ids": told.ids,
+            "attention_mask": torch.ones_like(told.ids),
+            **told.types,
+            **told.media,
+        }
+        positions: Tensor = model._prepare_position_ids_for_generation(told.ids, known)
+        return positions
+
+    def _check_closing(self, end: int) -> None:
+        position = self._patch.report.last.layouts[0].position
+        if len(position) and int(position[-1]) >= end:
+            raise UnsupportedModelError(
+                f"{self._loaded.name} ends a video in tokens that stand for frames, so its frames "
+                "cannot be watched one by one; ask about the file at once"
+            )
+
+    def _locate(self) -> None:
+        """Let the newest layout tell items, canvases, frames and seconds of the whole session."""
+        assert self.pace is not None
+        seconds = sum(one.frames for one in self.groups) / self.pace.sampled_fps
+        call = self._patch.report.last
+        (layout,) = call.layouts
+        items, canvases, frames = self.counted
+        clip = layout.frame >= 0
+        layout = replace(
+            layout,
+            item=torch.where(clip, layout.item, layout.item + items),
+            canvas=layout.canvas + canvases,
+            frame=torch.where(clip, layout.frame + frames, -1),
+            seconds=layout.seconds + seconds,
+        )
+        call.layouts = [layout]
+        ends = (layout.item, layout.canvas, layout.frame)
+        items, canvases, frames = (int(one.max()) + 1 for one in ends)
+        self.counted = items, canvases, frames
+
+
+def _check_group(group: int, patch: int) -> None:
+    if group < 1 or group % patch:
+        raise TokenPruneError(
+            f"group must be a multiple of {patch}, the frames that this model joins to one, "
+            f"got {group}"
+        )
