@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.contract.cases import NO_BEAMS
+from tests.contract.cases import NO_BEAMS, SOUND_ONLY, TORN_BY_BEAMS
 from tests.tiny import (
     FAMILIES,
     IMAGE,
@@ -28,6 +28,7 @@ from tests.tiny import (
     Tiny,
     build,
     family_of,
+    pad_batch,
 )
 from tests.tiny.grids import VIDEO_END, VIDEO_START
 from tests.tiny.tiles import GLOBAL
@@ -42,13 +43,22 @@ CHANNELS = 4
 CLASS_TOKEN = 999.0
 NEWLINE = -1.0
 
-QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2_5_omni", "qwen3_vl_moe", "glm4v")
+QWEN = (
+    "glm4v",
+    "qwen2_5_omni",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_omni_moe",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+)
 GRIDS = (*QWEN, "video_llama_3")
 """Families whose towers put pictures of any size into one sequence."""
+OMNI = ("qwen2_5_omni", "qwen3_omni_moe")
 IDEFICS = ("idefics3", "smolvlm")
 PIXTRAL = ("llava_pixtral", "mistral3")
 PERCEIVING = ("longva", "perception_lm")
-PAINTED = [name for name in NAMES if name != "qwen2_audio"]
+PAINTED = [name for name in NAMES if name not in (*SOUND_ONLY, "phi4_multimodal_audio")]
 
 
 @dataclass
@@ -91,7 +101,11 @@ def watching(tiny: Tiny) -> Iterator[Seen]:
         seen.prompt = {"input_ids": args[0] if args else None, **kwargs}
 
     def on_embeddings(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        seen.embeddings = kwargs["inputs_embeds"]
+        seen.embeddings = kwargs.get("inputs_embeds")
+
+    def on_first_layer(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if seen.embeddings is None:  # the language model was given ids
+            seen.embeddings = args[0]
 
     with ExitStack() as stack:
         for path, modality in adapter.encoders().items():
@@ -102,6 +116,7 @@ def watching(tiny: Tiny) -> Iterator[Seen]:
         for module, hook in (
             (adapter.base_model, on_prompt),
             (adapter.language_model, on_embeddings),
+            (adapter.language_model.layers[0], on_first_layer),
         ):
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         with torch.no_grad():
@@ -196,6 +211,13 @@ class Paint:
             self.hook(projector.linear_1, lambda x, y: passed_on(x, self.width))
             for module in (projector.gelu, projector.linear_2):
                 self.hook(module, self.leave)
+        elif family == "phi4_multimodal":
+            images = self.base.embed_tokens_extend.image_embed
+            self.hook(tower.block, self.cover)
+            self.hook(images.img_projection_up, self.hold)
+            self.hook(images.img_projection_down, self.give)
+            images.sub_img_feature_extensor.fill_(NEWLINE)
+            images.global_img_feature_extensor.fill_(NEWLINE)
         elif family == "video_llava":
             for modality in self.values:
                 self.hook(adapter.tower(modality).block, self.cover)
@@ -249,6 +271,10 @@ class Paint:
 
     def keep(self, hidden: Tensor, output: Tensor) -> Tensor:
         self.kept = passed_on(hidden.unflatten(3, (4, -1)).mean(dim=3), self.width)
+        return output
+
+    def hold(self, hidden: Tensor, output: Tensor) -> Tensor:
+        self.kept = passed_on(hidden, self.width)
         return output
 
     def give(self, hidden: Tensor, output: Tensor) -> Tensor:
@@ -349,6 +375,17 @@ def kin_values(name: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
     return values
 
 
+def phi4_values(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Of each image all of it, its tiles, and what fills up its views."""
+    views = inputs["image_pixel_values"].shape[1]
+    parts = []
+    for number, (height, width) in enumerate(inputs["image_sizes"].tolist()):
+        tiles = tiled(height // 56, width // 56)
+        blank = torch.zeros(16 * views - len(tiles), 3)
+        parts += [(3 * number, tiles[:16]), (3 * number + 1, tiles[16:]), (3 * number + 2, blank)]
+    return {"image": numbered(parts)}
+
+
 TILINGS = {8: [(2, 3), (0, 0)], 3: [(2, 1)]}
 """Rows and columns of tiles of each image of a prompt, by its number of views."""
 
@@ -385,6 +422,8 @@ def patches_of(name: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
         return idefics_values(name, inputs)
     if name in PIXTRAL or family_of(name) in (*PERCEIVING, "aya_vision", "video_llava"):
         return kin_values(name, inputs)
+    if family_of(name) == "phi4_multimodal":
+        return phi4_values(inputs)
     return vit_values(name, inputs)
 
 
@@ -392,6 +431,7 @@ def expected(name: str, inputs: dict[str, Any], layout: TokenLayout, b: int) -> 
     """Frame, row and column of the patches below each token, on average: `[N, 3]`."""
     place = torch.stack([layout.row, layout.column], dim=1).float()
     halved = (*QWEN, *IDEFICS, *PERCEIVING, "aya_vision", "gemma3", "internvl", "mistral3")
+    halved += ("phi4_multimodal",)
     if family_of(name) in halved or name in ("llava_onevision", "llava_next_video"):
         place = 2 * place + 0.5
     elif family_of(name) == "video_llama_3":  # frames are merged, images are not
@@ -467,15 +507,19 @@ NEWLINES = {
     "llava_onevision": 1,
     "llava_onevision_image": 4,
     "llava_onevision_images": 3,
+    "phi4_multimodal": 6,
     "video_llava": 2,
     "video_llava_video": 3,
 }
 ITEMS = {
+    "audioflamingo3": 2,
     "aya_vision": 3,
+    "aya_vision_windows": 3,
     "gemma3": 4,
     "gemma3_long": 24,
     "glm4v": 2,
     "glm4v_video": 1,
+    "granite_speech": 2,
     "idefics3": 2,
     "internvl": 4,
     "llava": 2,
@@ -491,12 +535,16 @@ ITEMS = {
     "mistral3": 2,
     "perception_lm": 2,
     "perception_lm_image": 2,
+    "phi4_multimodal": 2,
+    "phi4_multimodal_audio": 2,
     "qwen2_5_omni": 2,
     "qwen2_5_omni_interleaved": 2,
     "qwen2_5_vl": 2,
     "qwen2_5_vl_video": 1,
     "qwen2_audio": 2,
     "qwen2_vl": 2,
+    "qwen3_omni_moe": 2,
+    "qwen3_omni_moe_interleaved": 2,
     "qwen3_vl": 2,
     "qwen3_vl_moe": 2,
     "qwen3_vl_video": 1,
@@ -508,6 +556,7 @@ ITEMS = {
     "video_llava": 3,
     "video_llava_video": 1,
     "vipllava": 2,
+    "voxtral": 2,
 }
 
 
@@ -576,11 +625,11 @@ def test_order_of_windows_is_the_model_s() -> None:
     assert adapter._order(grids).tolist() == order.tolist()
 
 
-def test_audio_has_no_tower_to_read() -> None:
-    assert adapter_for(build("qwen2_audio").model).tower("audio") is None
-    omni = adapter_for(build("qwen2_5_omni").model)
-    assert omni.tower("audio") is None
-    assert omni.tower("video") is not None
+@pytest.mark.parametrize("name", [*SOUND_ONLY, "phi4_multimodal", *OMNI])
+def test_audio_has_no_tower_to_read(name: str) -> None:
+    adapter = adapter_for(build(name).model)
+    assert adapter.tower("audio") is None
+    assert all(adapter.tower(one) for one in adapter.modalities if one != "audio")
 
 
 def test_a_windowed_last_block_is_no_tower_to_read() -> None:
@@ -616,6 +665,8 @@ STATISTICS = {
     "idefics3": HALF,
     "llava_onevision": HALF,
     "perception_lm": HALF,
+    "phi4_multimodal": HALF,
+    "qwen3_omni_moe": HALF,
     "qwen3_vl": HALF,
     "qwen3_vl_moe": HALF,
     "smolvlm": HALF,
@@ -660,6 +711,8 @@ def test_grey_gives_the_pixels_below_each_token(name: str) -> None:
     values = patches_of(name, inputs)
     family = family_of(name)
     key = {"image": "pixel_values", "video": "pixel_values_videos"}
+    if family == "phi4_multimodal":
+        key = {"image": "image_pixel_values"}
     truth: dict[str, list[Tensor]] = {}
     with watching(tiny) as seen:
         if family in GRIDS:
@@ -756,11 +809,8 @@ def test_transformers_itself_cannot_repeat_some_media_for_beams(name: str) -> No
 def test_beams_share_the_media_of_their_sample(name: str) -> None:
     tiny = build(name)
     inputs = tiny.batch(0)
-    if name == "qwen2_audio":
-        # Sounds go with rows, and generate repeats each of them: one a row.
-        inputs = {key: one[1:].repeat(2, *[1] * (one.ndim - 1)) for key, one in inputs.items()}
-        inputs["input_features"] = inputs["input_features"][1::2]
-        inputs["feature_attention_mask"] = inputs["feature_attention_mask"][1::2]
+    if name in TORN_BY_BEAMS:  # generate repeats each sound: one a row
+        inputs = pad_batch(tiny.inputs(0, 7, short=True), tiny.inputs(1, 4, short=True))
     adapter, seen = look(tiny, inputs)
     alone = layouts(adapter, seen, inputs)
     found: list[TokenLayout] = []
@@ -770,7 +820,8 @@ def test_beams_share_the_media_of_their_sample(name: str) -> None:
             if not found:
                 found.extend(layouts(adapter, seen, seen.prompt))
 
-        hook = tiny.model.get_decoder().register_forward_pre_hook(on_prefill)
+        # Here all media are encoded, also by models that embed them late.
+        hook = tiny.model.get_decoder().layers[0].register_forward_pre_hook(on_prefill)
         tiny.model.generate(
             **inputs,
             num_beams=3,
@@ -806,7 +857,7 @@ def test_media_that_straddle_rows_fail() -> None:
         adapter.layouts(ids, seen.calls, {})
 
 
-@pytest.mark.parametrize("name", ["llava", "internvl", "qwen2_audio"])
+@pytest.mark.parametrize("name", ["llava", "internvl", *SOUND_ONLY])
 def test_text_alone_has_no_media(name: str) -> None:
     """Not even what an earlier prompt left behind."""
     tiny = build(name)
@@ -831,7 +882,8 @@ def test_offset_moves_positions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "step"), [("qwen2_5_vl", 1.0), ("qwen2_5_omni", 1.0), ("qwen2_vl", None)]
+    ("name", "step"),
+    [("qwen2_5_vl", 1.0), ("qwen2_5_omni", 1.0), ("qwen3_omni_moe", 1.0), ("qwen2_vl", None)],
 )
 def test_seconds_of_frames(name: str, step: float | None) -> None:
     tiny = build(name)
@@ -968,9 +1020,10 @@ def test_what_a_processor_left_out_of_a_clip_has_no_token() -> None:
     assert (later.row * 4 + later.column).tolist() == [0, 2, 3, 5, 6]
 
 
-def test_sound_track_inside_a_clip() -> None:
+@pytest.mark.parametrize("name", OMNI)
+def test_sound_track_inside_a_clip(name: str) -> None:
     """`use_audio_in_video`: chunks of frames and of sound take turns."""
-    tiny = build("qwen2_5_omni_interleaved")
+    tiny = build(f"{name}_interleaved")
     inputs = tiny.inputs()
     adapter, seen = look(tiny, inputs)
     (layout,) = layouts(adapter, seen, inputs)
@@ -980,6 +1033,8 @@ def test_sound_track_inside_a_clip() -> None:
         of = layout[layout.modality == modality]
         assert getattr(of, column).unique().tolist() == list(range(count))
         assert (of.seconds.diff() >= 0).all()
+    # With a frame a second, what stands in the prompt between two frames is what is heard.
+    assert (layout.seconds.floor().diff() >= 0).all()
 
 
 def test_registry_lists_each_family() -> None:
