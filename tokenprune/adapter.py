@@ -10,11 +10,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.layout import MODALITIES, Modality, TokenLayout
 from tokenprune.stage import ModelShape
+from tokenprune.support import check_architecture
 
 __all__ = ["Adapter", "Item", "MediaCall", "Tower", "adapter_for", "list_models"]
 
@@ -372,9 +373,11 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
     """The adapter of a model.
 
     Raises:
-        UnsupportedModelError: No adapter serves its type.
+        UnsupportedModelError: No adapter serves its type, or none could.
     """
     config = getattr(model, "config", None)
+    if isinstance(config, PreTrainedConfig):
+        check_architecture(config)
     model_type = getattr(config, "model_type", None)
     known = list_models()
     if model_type not in known:

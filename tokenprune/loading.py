@@ -24,6 +24,7 @@ from tokenprune.errors import (
 from tokenprune.media import SizeRule, Video, read_audio, read_video
 from tokenprune.media.files import check_file
 from tokenprune.models import built_in_models
+from tokenprune.support import check_architecture
 
 __all__ = ["LoadedModel", "Media", "check_question", "frame_size", "load_model", "read_media"]
 
@@ -232,7 +233,9 @@ def _served_config(config: Any, name: str) -> Any:
     parts = [getattr(config, part, None) for part in getattr(config, "sub_configs", ())]
     for one in (config, *parts):
         if getattr(one, "model_type", None) in known:
+            check_architecture(one)
             return one
+    check_architecture(config)
     raise UnsupportedModelError(
         f"no adapter for model_type {config.model_type!r} of {name}; known: {', '.join(known)}"
     )
