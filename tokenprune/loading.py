@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,16 @@ from tokenprune.errors import (
 from tokenprune.media import SizeRule, Video, read_audio, read_video
 from tokenprune.media.files import check_file
 from tokenprune.models import built_in_models
-from tokenprune.support import check_architecture
 
-__all__ = ["LoadedModel", "Media", "check_question", "frame_size", "load_model", "read_media"]
+__all__ = [
+    "LoadedModel",
+    "Media",
+    "check_question",
+    "frame_size",
+    "load_model",
+    "load_outline",
+    "read_media",
+]
 
 DEFAULT_MODEL = "mini-video"
 SAMPLING_RATE = 16000
@@ -71,6 +80,21 @@ class LoadedModel:
         Raises:
             TokenPruneError: The question is empty, or the processor has no chat template.
         """
+        return {
+            name: value.to(self.model.device, self.model.dtype)
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value.to(self.model.device)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in self.process(media, question).items()
+        }
+
+    def process(self, media: Media, question: str) -> dict[str, Any]:
+        """What the processor makes of a question about some media, where the media are.
+
+        Raises:
+            TokenPruneError: As `encode`.
+        """
         check_question(question)
         arguments, parts = self._media_arguments(media)
         content = [*parts, {"type": "text", "text": question}]
@@ -82,19 +106,12 @@ class LoadedModel:
         text = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-        inputs = _process(self.processor, text=[text], **arguments)
-        return {
-            name: value.to(self.model.device, self.model.dtype)
-            if isinstance(value, Tensor) and value.is_floating_point()
-            else value.to(self.model.device)
-            if isinstance(value, Tensor)
-            else value
-            for name, value in inputs.items()
-        }
+        return dict(_process(self.processor, text=[text], **arguments))
 
-    def _watches(self, media: Media) -> bool:
-        """Whether the media are a video to the processor, not several images."""
-        return media.video is not None and bool(getattr(self.processor, "video_processor", None))
+    @property
+    def watches(self) -> bool:
+        """Whether a video is one to the processor, not several images."""
+        return bool(getattr(self.processor, "video_processor", None))
 
     def visible(self, media: Media) -> Tensor:
         """The frames without what the processor crops away, as an overlay needs them.
@@ -102,7 +119,8 @@ class LoadedModel:
         Returns:
             `[F, 3, H, W]` uint8.
         """
-        name = "video_processor" if self._watches(media) else "image_processor"
+        watched = media.video is not None and self.watches
+        name = "video_processor" if watched else "image_processor"
         part = getattr(self.processor, name, None)
         size, crop = getattr(part, "size", None), getattr(part, "crop_size", None)
         # A tiling processor shows the model all of an image, squeezed into a square.
@@ -127,8 +145,8 @@ class LoadedModel:
             sounds = [one.numpy() for one in self._sounds(media.audio)]
             arguments = {"audio": sounds, "sampling_rate": SAMPLING_RATE}
             return arguments, [{"type": "audio"}] * len(sounds)
-        if media.video is not None and self._watches(media):
-            metadata = media.video.metadata
+        if media.video is not None and self.watches:
+            metadata = media.video.hf_metadata()
             arguments = {
                 "videos": [_whole_patches(self.processor, media.frames)],
                 "video_metadata": [metadata],
@@ -193,8 +211,8 @@ def load_model(
     """
     name = name or DEFAULT_MODEL
     path = _find(name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    device = device or _default_device()
+    with _reading(name):
         config = _served_config(transformers.AutoConfig.from_pretrained(path), name)
         processor = transformers.AutoProcessor.from_pretrained(path)
         model, found = transformers.AutoModelForMultimodalLM.from_pretrained(
@@ -204,16 +222,55 @@ def load_model(
             attn_implementation=attention,
             output_loading_info=True,
         )
+    if missing := sorted(found["missing_keys"]):
+        # transformers would go on with random numbers in their place.
+        raise _cannot_load(name, f"its weights lack {len(missing)} tensors, such as {missing[0]}")
+    if dtype is None and _default_dtype(model.dtype, device) != model.dtype:
+        model = model.to(_default_dtype(model.dtype, device))
+    return LoadedModel(model.to(device).eval(), processor, name)
+
+
+def load_outline(name: str | None = None, *, device: str | None = None) -> LoadedModel:
+    """Load a model without its weights: parameters have shapes, but no data.
+
+    Args:
+        name: As in `load_model`.
+        device: Where the model would be put. Parameters have the dtype that they would have there,
+            if the checkpoint's config names one; float32 if not.
+
+    Raises:
+        TokenPruneError: As `load_model`.
+    """
+    name = name or DEFAULT_MODEL
+    path = _find(name)
+    with _reading(name):
+        config = _served_config(transformers.AutoConfig.from_pretrained(path), name)
+        processor = transformers.AutoProcessor.from_pretrained(path)
+        dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
+        dtype = _default_dtype(dtype, device or _default_device())
+        with torch.device("meta"):
+            model = transformers.AutoModelForMultimodalLM.from_config(config, dtype=dtype)
+    return LoadedModel(model.eval(), processor, name)
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _default_dtype(stored: torch.dtype, device: str) -> torch.dtype:
+    """The dtype of a model whose checkpoint has another: processors are slow in float16."""
+    return torch.float32 if (stored, device) == (torch.float16, "cpu") else stored
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn what goes wrong with the files of a model into one error."""
+    try:
+        yield
     except TokenPruneError:
         raise
     except Exception as error:  # broken files raise whatever their readers raise
         raise _cannot_load(name, _first_line(error)) from error
-    if missing := sorted(found["missing_keys"]):
-        # transformers would go on with random numbers in their place.
-        raise _cannot_load(name, f"its weights lack {len(missing)} tensors, such as {missing[0]}")
-    if dtype is None and device == "cpu" and model.dtype == torch.float16:
-        model = model.float()
-    return LoadedModel(model.to(device).eval(), processor, name)
 
 
 def _find(name: str) -> str:
@@ -233,9 +290,7 @@ def _served_config(config: Any, name: str) -> Any:
     parts = [getattr(config, part, None) for part in getattr(config, "sub_configs", ())]
     for one in (config, *parts):
         if getattr(one, "model_type", None) in known:
-            check_architecture(one)
             return one
-    check_architecture(config)
     raise UnsupportedModelError(
         f"no adapter for model_type {config.model_type!r} of {name}; known: {', '.join(known)}"
     )
@@ -255,6 +310,7 @@ def read_media(
     *,
     frames: int | None = None,
     fps: float | None = None,
+    reader: Callable[..., Video] = read_video,
 ) -> Media:
     """Read a file as the model can use it: frames of a video, an image, or a sound.
 
@@ -263,6 +319,7 @@ def read_media(
         loaded: The model.
         frames: How many frames of a video, evenly spread; 64 if `fps` is not given either.
         fps: Frames per second of a video.
+        reader: What reads videos, with the arguments `frames`, `fps` and `size` of `read_video`.
 
     Raises:
         MediaError: The file cannot be read, or holds nothing the model understands.
@@ -277,7 +334,7 @@ def read_media(
         return Media(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), audio=_sound(path))
     size = frame_size(loaded.processor)
     try:
-        video = read_video(path, frames=frames, fps=fps, size=size)
+        video = reader(path, frames=frames, fps=fps, size=size)
     except NoVideoStreamError:
         if not hears:
             raise

@@ -155,9 +155,6 @@ class Method(ABC):
     name: ClassVar[str]
     text_dependent: ClassVar[bool] = False
     """Whether decisions depend on the prompt's text, so that they serve one question only."""
-    joint: ClassVar[bool] = False
-    """Whether decisions weigh a whole prompt at once, so that groups of frames cannot be decided
-    one after the other."""
     modalities: ClassVar[frozenset[Modality]] = frozenset(MODALITIES)
     """Kinds of media tokens the method looks at; others are not among its candidates."""
 
@@ -209,6 +206,14 @@ class Stage(Method, part=True):
     def counts(self, layout: TokenLayout) -> int | None:
         """Tokens kept of these candidates (of each head, at a cache site); None if adaptive."""
         return None
+
+    def expects(self, layout: TokenLayout) -> int:
+        """Tokens that a plan reckons with: `counts`, or what an adaptive stage aims at.
+
+        An adaptive stage that aims at nothing is taken to keep all.
+        """
+        known = self.counts(layout)
+        return len(layout) if known is None else known
 
     @abstractmethod
     def select(self, context: Any) -> Selection:

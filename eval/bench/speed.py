@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from tokenprune.engine import prune
+from tokenprune.flops import prefill_flops
 
 FRAMES = 31  # of 14 x 14 tokens, and a newline token: 6,077
 TEXT = 32
@@ -183,25 +184,13 @@ def in_turns(first: Callable[[], float], second: Callable[[], float], pairs: int
     return ratios
 
 
-def flops(model: Model, layers: list[int]) -> float:
-    """Floating point operations of a prefill with so many tokens in each layer.
-
-    Linear maps take two operations a weight and token; causal attention 4 * S^2 / 2 * width.
-    """
-    text = model.config.text_config
-    layer = model.get_decoder().layers[0]
-    weights = sum(p.numel() for p in layer.parameters() if p.ndim == 2)
-    head = text.vocab_size * text.hidden_size
-    whole = sum(2.0 * weights * s + 2.0 * s * s * text.hidden_size for s in layers)
-    return float(whole + 2.0 * head)
-
-
 def predicted(model: Model, report: Any) -> float:
     """The speed-up of prefill that the count of operations promises."""
     call = report.last
     text = call.length - len(call.layouts[0])
-    pruned = [text + int(n) for n in call.media_entries[0, :, 0]]
-    return flops(model, [call.length] * len(pruned)) / flops(model, pruned)
+    pruned = [torch.arange(text + int(n)) for n in call.media_entries[0, :, 0]]
+    whole = [torch.arange(call.length)] * len(pruned)
+    return prefill_flops(model, whole) / prefill_flops(model, pruned)
 
 
 def main(

@@ -98,8 +98,10 @@ class PLPHP(Stage):
 
     def counts(self, layout: TokenLayout) -> int | None:
         """Known if no layer deviates from `keep`: with a shift of 0, as for `keep=1.0`."""
-        if self._shift() > 0:
-            return None
+        return None if self._shift() > 0 else self.expects(layout)
+
+    def expects(self, layout: TokenLayout) -> int:
+        """What a balanced layer keeps."""
         sizes = group_sizes(self._spans(layout))
         return int(round_share(self.keep, sizes, self.least).sum())
 
