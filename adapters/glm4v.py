@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from tokenprune.adapters.qwen2_vl import Qwen2VL
-from tokenprune.layout import Modality
+from tokenprune.layout import MODALITIES, Modality
 
 __all__ = ["Glm4v"]
 
@@ -21,9 +21,14 @@ class Glm4v(Qwen2VL):
     def token_ids(self) -> dict[Modality, int]:
         return dict.fromkeys(self.modalities, self.config.image_token_id)
 
-    def placeholders(self, input_ids: Tensor) -> dict[Modality, Tensor]:
+    def placeholders(
+        self, input_ids: Tensor, types: Tensor | None = None
+    ) -> dict[Modality, Tensor]:
         held = input_ids == self.config.image_token_id
-        started = (input_ids == self.config.video_start_token_id).cumsum(dim=1)
-        ended = (input_ids == self.config.video_end_token_id).cumsum(dim=1)
-        filmed = started > ended
+        if types is not None:  # part of a clip may come without the clip's marks
+            filmed = types == MODALITIES["video"]
+        else:
+            started = (input_ids == self.config.video_start_token_id).cumsum(dim=1)
+            ended = (input_ids == self.config.video_end_token_id).cumsum(dim=1)
+            filmed = started > ended
         return {"image": held & ~filmed, "video": held & filmed}

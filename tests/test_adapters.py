@@ -972,6 +972,11 @@ def test_frames_of_a_clip_stand_within_its_marks() -> None:
     ids = torch.tensor([[5, *frame, VIDEO_START, *frame, 10, *frame, 11, VIDEO_END, 6, *frame]])
     held = {name: one.nonzero()[:, 1].tolist() for name, one in adapter.placeholders(ids).items()}
     assert held == {"image": [2, 3, 19, 20], "video": [7, 8, 12, 13]}
+    # Frames that come later have no marks of their own, but types.
+    ids = torch.tensor([[*frame, 10]])
+    for kind, modality in ((1, "image"), (2, "video")):
+        found = adapter.placeholders(ids, (ids == IMAGE).int() * kind)
+        assert {name for name, one in found.items() if one.any()} == {modality}
 
 
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm"])

@@ -124,6 +124,9 @@ class Adapter(ABC):
     """`config.model_type` of the models served."""
     modalities: ClassVar[tuple[Modality, ...]]
 
+    sound_in_video: ClassVar[bool] = False
+    """Whether a clip's sound track stands between its frames (`use_audio_in_video`)."""
+
     _registry: ClassVar[dict[str, type[Adapter]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -164,8 +167,15 @@ class Adapter(ABC):
         """The placeholder token of each modality."""
         return {name: getattr(self.config, f"{name}_token_id") for name in self.modalities}
 
-    def placeholders(self, input_ids: Tensor) -> dict[Modality, Tensor]:
-        """Where the placeholders of each modality stand: `[B, S]` bool, as `input_ids`."""
+    def placeholders(
+        self, input_ids: Tensor, types: Tensor | None = None
+    ) -> dict[Modality, Tensor]:
+        """Where the placeholders of each modality stand: `[B, S]` bool, as `input_ids`.
+
+        Args:
+            input_ids: `[B, S]`.
+            types: `[B, S]`, the prompt's `mm_token_type_ids`, if it has them.
+        """
         return {name: input_ids == token for name, token in self.token_ids().items()}
 
     def encoders(self) -> dict[str, Modality]:
@@ -275,7 +285,9 @@ class Adapter(ABC):
             for place, item in enumerate(call.items):
                 queues[call.modality].append(_Queued(call.modality, number, place, item))
         rows: list[list[_Placed]] = [[] for _ in ids]
-        for modality, held in self.placeholders(ids).items():
+        types = prompt.get("mm_token_type_ids")
+        types = types.cpu() if types is not None and types.shape == ids.shape else None
+        for modality, held in self.placeholders(ids, types).items():
             # With beams, pictures were encoded once a sample, but sound may be encoded once a row.
             repeats = self._repeats(held, modality, queues[modality])
             for b, row in enumerate(held):
