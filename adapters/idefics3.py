@@ -47,7 +47,7 @@ class Idefics3(Adapter):
         side = int(len(maps[0]) ** 0.5)
         views = torch.stack(maps).reshape(-1, side, side)
         pooled = functional.avg_pool2d(views, self.config.scale_factor)
-        return list(pooled.flatten().split([len(item.row) for item in call.items]))
+        return list(torch.split(pooled.flatten(), [len(item.row) for item in call.items]))
 
     def grey(self, call: MediaCall) -> list[Tensor] | None:
         side = self.config.vision_config.patch_size

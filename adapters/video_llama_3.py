@@ -40,7 +40,7 @@ class VideoLlama3(Adapter):
 
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
         grids = self._grids(call)
-        patches = torch.cat(maps).split([t * h * w for t, h, w, _ in grids])
+        patches = torch.split(torch.cat(maps), [t * h * w for t, h, w, _ in grids])
         aligned = []
         for item, one, (_, rows, columns, merge) in zip(call.items, patches, grids, strict=True):
             tokens = one.reshape(-1, merge**2).mean(dim=1)  # patches of a token are neighbours
@@ -52,7 +52,9 @@ class VideoLlama3(Adapter):
         name = "pixel_values" if call.modality == "image" else "pixel_values_videos"
         pixels: Tensor = call.arguments[name]
         grey = self.normalisation.grey(pixels.reshape(len(pixels), 3, -1))  # [patches, pixels]
-        return list(grey.split([h * w for t, h, w, _ in self._grids(call) for _ in range(t)]))
+        return list(
+            torch.split(grey, [h * w for t, h, w, _ in self._grids(call) for _ in range(t)])
+        )
 
     def _grids(self, call: MediaCall) -> list[tuple[int, int, int, int]]:
         """Frames, rows and columns of patches, and patches along a side of a token."""
@@ -66,7 +68,8 @@ class VideoLlama3(Adapter):
         if call.modality == "image" or mask is None:
             return [torch.ones(count, dtype=torch.bool) for count in tokens]
         mask = torch.as_tensor(mask).cpu().bool()
-        return list(mask[:: max(1, len(mask) // sum(tokens))].split(tokens))  # beams repeat it
+        once = mask[:: max(1, len(mask) // sum(tokens))]  # beams repeat it
+        return list(torch.split(once, tokens))
 
 
 def _only(item: Item, chosen: Tensor) -> Item:

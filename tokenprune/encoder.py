@@ -59,10 +59,7 @@ class StreamedView(EncoderView):
         index = queries[:, None, :, None].expand(-1, self._query.shape[1], -1, self._query.shape[3])
         picked = self._query.gather(2, index)  # [W, heads, R, d]
         return torch.cat(
-            [
-                torch.cat(list(self._blocks(picked[w : w + 1], w)), dim=1)
-                for w in range(self.views)
-            ]
+            [torch.cat(list(self._blocks(picked[w : w + 1], w)), dim=1) for w in range(self.views)]
         )
 
     def _blocks(self, query: Tensor, view: int) -> Iterator[Tensor]:
