@@ -162,48 +162,6 @@ def evaluate(
         typer.echo(json.dumps(result.as_dict()) if as_json else str(result))
 
 
-@app.command()
-def sample(
-    out: Annotated[Path, typer.Argument(help="MP4 to write; questions go beside it as JSON.")],
-    seconds: Annotated[float, typer.Option(help="Length.")] = 180.0,
-    seed: Annotated[int, typer.Option(help="Same seed, same video.")] = 7,
-) -> None:
-    """Write a video of the generated world, with questions and true answers."""
-    from tokenprune.eval.mini.sample import write_sample
-
-    try:
-        questions = write_sample(out, seconds=seconds, seed=seed)
-    except (ValueError, OSError) as error:
-        raise MediaError(f"cannot write a sample to {str(out)!r}: {error}") from error
-    typer.echo(
-        f"{out}: {seconds:g} seconds, {len(questions)} questions in {out.with_suffix('.json')}"
-    )
-
-
-@app.command("eval")
-def evaluate(
-    task: Annotated[str, typer.Option(help="What to measure on.")] = "mini-video",
-    frames: Annotated[int, typer.Option(help="Frames of each video.")] = 64,
-    samples: Annotated[int, typer.Option(help="Questions.")] = 500,
-    seed: Annotated[int, typer.Option(help="Which held-out questions.")] = 1,
-    recipe: Annotated[list[str] | None, typer.Option(help=RECIPE_HELP)] = None,
-    model: Model = None,
-    as_json: Json = False,
-) -> None:
-    """Measure the accuracy of a model under recipes, on held-out questions."""
-    from tokenprune.eval.run import check_run, evaluate_recipes
-    from tokenprune.loading import load_model
-    from tokenprune.recipe import Recipe
-
-    recipes = [Recipe.parse(text) for text in recipe or ["none"]]
-    check_run(task, frames=frames, samples=samples, seed=seed)
-    loaded = load_model(model)
-    for result in evaluate_recipes(
-        loaded, recipes, task=task, frames=frames, samples=samples, seed=seed
-    ):
-        typer.echo(json.dumps(result.as_dict()) if as_json else str(result))
-
-
 @app.command("list")
 def list_all(as_json: Json = False) -> None:
     """List methods and model families."""

@@ -26,6 +26,7 @@ from tokenprune.errors import (
 from tokenprune.media import SizeRule, Video, read_audio, read_video
 from tokenprune.media.files import check_file
 from tokenprune.models import built_in_models
+from tokenprune.support import check_architecture
 
 __all__ = [
     "LoadedModel",
@@ -146,7 +147,7 @@ class LoadedModel:
             arguments = {"audio": sounds, "sampling_rate": SAMPLING_RATE}
             return arguments, [{"type": "audio"}] * len(sounds)
         if media.video is not None and self.watches:
-            metadata = media.video.hf_metadata()
+            metadata = media.video.metadata
             arguments = {
                 "videos": [_whole_patches(self.processor, media.frames)],
                 "video_metadata": [metadata],
@@ -290,7 +291,9 @@ def _served_config(config: Any, name: str) -> Any:
     parts = [getattr(config, part, None) for part in getattr(config, "sub_configs", ())]
     for one in (config, *parts):
         if getattr(one, "model_type", None) in known:
+            check_architecture(one)
             return one
+    check_architecture(config)
     raise UnsupportedModelError(
         f"no adapter for model_type {config.model_type!r} of {name}; known: {', '.join(known)}"
     )

@@ -155,6 +155,9 @@ class Method(ABC):
     name: ClassVar[str]
     text_dependent: ClassVar[bool] = False
     """Whether decisions depend on the prompt's text, so that they serve one question only."""
+    joint: ClassVar[bool] = False
+    """Whether decisions weigh a whole prompt at once, so that groups of frames cannot be decided
+    one after the other."""
     modalities: ClassVar[frozenset[Modality]] = frozenset(MODALITIES)
     """Kinds of media tokens the method looks at; others are not among its candidates."""
 
