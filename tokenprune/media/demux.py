@@ -9,7 +9,8 @@ import numpy as np
 
 from tokenprune.errors import DecodeError
 from tokenprune.media.files import open_media, video_stream
-from tokenprune.media.index import NO_TIME, PacketIndex
+from tokenprune.media.index import JOINABLE, NO_TIME, PacketIndex
+from tokenprune.media.refresh import is_gradual
 
 SEEK_GAP_BYTES = 1 << 20  # below this, reading on is quicker than a seek
 LANDING_PACKETS = 4096  # how far to read after a seek for a packet that the index knows
@@ -89,8 +90,11 @@ class PacketReader:
 
     def _land(self, target: int, first: int) -> bool:
         """Seek to a keyframe; True if what comes then is known and not after `first`."""
+        # Transport streams are searched by decode time. Elsewhere the keyframe before that time
+        # would be found, since keyframes are listed by presentation time.
+        times = self._index.dts if self._index.info.container in JOINABLE else self._index.pts
         try:
-            self._container.seek(int(self._index.dts[target]), stream=self._stream)
+            self._container.seek(int(times[target]), stream=self._stream)
         except av.error.FFmpegError:
             return False
         self._packets = self._container.demux(self._stream)
@@ -119,6 +123,10 @@ class PacketReader:
     def _is_expected(self, packet: Any) -> bool:
         if not self._index.timed:  # read from the start only, in the order of the scan
             return bool(packet.size == self._index.size[self._at])
+        if not self._index.scanned and packet.is_keyframe:
+            gradual = is_gradual(self._stream, memoryview(packet))
+            if self._index.keyframe[self._at] and gradual:
+                return False
         return self._matches(self._at, packet)
 
     def _matches(self, number: int, packet: Any) -> bool:

@@ -177,22 +177,25 @@ def serve(descriptor: int) -> None:
     connection = Connection(descriptor)
     try:
         job: Job = connection.recv()
-        ring = Ring(job.slots, job.size, job.workers, job.descriptor)
-        rows = _RemoteRows(connection, ring)
-        decoder = UnitDecoder(job.index, job.size, job.threads, rows, ring.counters[job.number])
+        decoder = None
         while True:
-            connection.send(_decode(decoder, connection.recv()))
+            unit: Unit = connection.recv()
+            try:
+                decoder = decoder or _decoder(job, connection)
+                decoder.decode(unit)
+            except (BrokenPipeError, ConnectionResetError, EOFError):
+                raise
+            except MediaError as error:
+                connection.send(error)
+            except Exception as error:  # of any kind, perhaps one that cannot be sent
+                connection.send(DecodeError(f"{type(error).__name__}: {error}"))
+            else:
+                connection.send(Done())
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
 
-def _decode(decoder: UnitDecoder, unit: Unit) -> Done | Exception:
-    try:
-        decoder.decode(unit)
-    except (BrokenPipeError, ConnectionResetError):
-        raise
-    except MediaError as error:
-        return error
-    except Exception as error:  # of any kind, perhaps one that cannot be sent
-        return DecodeError(f"{type(error).__name__}: {error}")
-    return Done()
+def _decoder(job: Job, connection: Connection) -> UnitDecoder:
+    ring = Ring(job.slots, job.size, job.workers, job.descriptor)
+    rows = _RemoteRows(connection, ring)
+    return UnitDecoder(job.index, job.size, job.threads, rows, ring.counters[job.number])
