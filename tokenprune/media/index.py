@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenprune.errors import DecodeError
 from tokenprune.media.files import geometry, is_hidden, is_skippable, open_media, video_stream
 from tokenprune.media.mp4 import SampleTable, sample_table
+from tokenprune.media.refresh import is_gradual
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -225,7 +226,8 @@ class _Scan:
         self.dts.append(self.pts[-1] if dts is None else dts)
         self.size.append(packet.size)
         self.duration.append(packet.duration or 0)
-        self.keyframe.append(packet.is_keyframe)
+        gradual = packet.is_keyframe and is_gradual(self.stream, memoryview(packet))
+        self.keyframe.append(packet.is_keyframe and not gradual)
 
     def _look(self, packet: Any) -> None:
         try:

@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenprune.media.refresh import HEAD_BYTES, is_gradual
+
 Ints = NDArray[np.int64]
 LARGEST_MOOV_BYTES = 1 << 28
+LOOKS = 16  # keyframes to look at; the others are when they are decoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +74,8 @@ def sample_table(path: str, stream: Any) -> SampleTable | None:
     if len(np.unique(sample[full])) != int(full.sum()):
         return None
     sample = sample[full]
+    if _has_gradual(path, stream, position[full & (flags & 1 > 0)]):
+        return None
     return SampleTable(
         dts=dts[full],
         shift=offsets.shift[sample],
@@ -79,6 +84,17 @@ def sample_table(path: str, stream: Any) -> SampleTable | None:
         keyframe=(flags[full] & 1).astype(bool),
         discard=(flags[full] & 2).astype(bool),
     )
+
+
+def _has_gradual(path: str, stream: Any, keyframes: Ints) -> bool:
+    """Whether some of the keyframes at these positions are none; looks at a few, evenly spread."""
+    few = keyframes[np.linspace(0, len(keyframes) - 1, min(LOOKS, len(keyframes))).astype(int)]
+    with open(path, "rb") as file:
+        for position in few.tolist():
+            file.seek(position)
+            if is_gradual(stream, file.read(HEAD_BYTES)):
+                return True
+    return False
 
 
 class _Samples:
