@@ -162,6 +162,22 @@ def evaluate(
         typer.echo(json.dumps(result.as_dict()) if as_json else str(result))
 
 
+@app.command("convert")
+def convert_checkpoint(
+    family: Annotated[str, typer.Argument(help="What the checkpoint is of: longva.")],
+    folder: Annotated[Path, typer.Argument(help="Its original checkpoint.")],
+    out: Annotated[Path | None, typer.Argument(help="Folder to write [FOLDER-converted].")] = None,
+    tower: Annotated[Path | None, typer.Option(help="Checkpoint of its vision tower.")] = None,
+) -> None:
+    """Write a checkpoint that transformers does not know as one that it does."""
+    from tokenprune.conversion import find_converter
+
+    convert = find_converter(family)
+    out = folder.with_name(f"{folder.resolve().name}-converted") if out is None else out
+    convert(folder, out, tower)
+    typer.echo(f"{out}: use it with --model {out}")
+
+
 @app.command("list")
 def list_all(as_json: Json = False) -> None:
     """List methods and model families."""

@@ -54,5 +54,6 @@ def save_checkpoint(name: str, folder: str | Path) -> Path:
         _SAVERS[name](tiny.model, folder)
     else:
         tiny.model.save_pretrained(folder)
-    CHECKPOINTS[name]().save_pretrained(folder)
+    if not (folder / "processor_config.json").exists():  # a converter writes its own
+        CHECKPOINTS[name]().save_pretrained(folder)
     return folder

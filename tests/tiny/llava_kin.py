@@ -109,7 +109,7 @@ def _aya_vision(name: str, attention: str) -> Tiny:
     config = transformers.AyaVisionConfig(
         vision_config=siglip(),
         # Three of four layers look back no further than this.
-        text_config=text_config("cohere2", sliding_window=12),
+        text_config=text_config("cohere2", sliding_window=12 if "windows" in name else 4096),
         image_token_index=IMAGE,
         tie_word_embeddings=False,
     )
@@ -192,6 +192,7 @@ FAMILIES: dict[str, Builder] = {
 }
 
 VARIANTS: dict[str, Builder] = {
+    "aya_vision_windows": _aya_vision,
     "longva_image": _longva,
     "perception_lm_image": _perception_lm,
     "video_llava_video": _video_llava,

@@ -1,0 +1,315 @@
+"""Converting an original LongVA checkpoint: same features, same text model, clear refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from tests.checkpoints.base import tokenizer
+from tests.checkpoints.llava_kin import save_longva_tower, save_original_longva
+from tests.tiny import IMAGE, VIDEO, VOCABULARY, build
+from tokenprune.adapters.longva import convert
+from tokenprune.conversion import find_converter
+from tokenprune.errors import TokenPruneError, UnsupportedModelError
+from tokenprune.loading import load_model
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> tuple[Path, Path]:
+    """The folders of an original checkpoint and of its tower's, which holds no weights."""
+    model = build("longva").model
+    # What the authors raised so that the model looks further.
+    model.config.text_config.rope_parameters["rope_theta"] = 5e5
+    save_original_longva(model, tmp_path / "original")
+    save_longva_tower(model, tmp_path / "tower")
+    save_file({"logit_scale": torch.zeros(())}, tmp_path / "tower" / "model.safetensors")
+    return tmp_path / "original", tmp_path / "tower"
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        weights |= load_file(file)
+    return weights
+
+
+def change(folder: Path, **settings: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def change_weights(folder: Path, edit: Any) -> None:
+    for file in folder.glob("*.safetensors"):
+        weights = load_file(file)
+        edit(weights)
+        save_file(weights, file)
+
+
+@torch.no_grad()
+def frames_as_published(folder: Path, tower: Path, frames: Tensor) -> Tensor:
+    """Frames `[F, 3, h, w]` to embeddings `[F, 4, D]`: tower, projector, then a mean of 2x2."""
+    weights = weights_of(folder)
+    config = transformers.CLIPVisionConfig.from_pretrained(tower)
+    clip = transformers.CLIPVisionModel(config).eval()
+    prefix = "model.vision_tower.vision_tower.vision_model."
+    level = "vision_model." if any(n.startswith("vision_model.") for n in clip.state_dict()) else ""
+    clip.load_state_dict(
+        {
+            level + name.removeprefix(prefix): one
+            for name, one in weights.items()
+            if name.startswith(prefix)
+        },
+        strict=False,  # position ids are no weights
+    )
+    hidden = clip(frames, output_hidden_states=True).hidden_states[-2][:, 1:]
+    first, last = "model.mm_projector.0", "model.mm_projector.2"
+    found = functional.linear(hidden, weights[f"{first}.weight"], weights[f"{first}.bias"])
+    found = functional.gelu(found)
+    found = functional.linear(found, weights[f"{last}.weight"], weights[f"{last}.bias"])
+    grid = found.unflatten(1, (4, 4))
+    tokens = [
+        grid[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].mean(dim=(1, 2))
+        for row in range(2)
+        for column in range(2)
+    ]
+    return torch.stack(tokens, dim=1)
+
+
+def test_frames_are_encoded_as_published(original: tuple[Path, Path], tmp_path: Path) -> None:
+    source, tower = original
+    convert(source, tmp_path / "out", tower)
+    model: Any = load_model(str(tmp_path / "out"), device="cpu").model
+    frames = torch.randn(3, 3, 56, 56)
+    expected = frames_as_published(source, tower, frames)
+    with torch.no_grad():
+        found = model.model.get_image_features(frames[None], return_dict=True).pooler_output
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    # Of a block behind the features nothing is left.
+    assert len(model.model.vision_tower.encoder.layers) == 3
+
+
+def test_text_model_is_the_original_s(original: tuple[Path, Path], tmp_path: Path) -> None:
+    source, tower = original
+    convert(source, tmp_path / "out", tower)
+    loaded = load_model(str(tmp_path / "out"), device="cpu")
+    config = loaded.model.config.text_config
+    assert config.model_type == "qwen2"
+    assert config.rope_parameters["rope_theta"] == 5e5
+    state = loaded.model.state_dict()
+    for name, one in weights_of(source).items():
+        if "vision_tower" not in name and "mm_projector" not in name:
+            target = name.replace("model.", "model.language_model.", 1)
+            assert torch.equal(state[target], one), name
+    tokens = loaded.processor.tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+    assert tokens == [loaded.model.config.image_token_id, loaded.model.config.video_token_id]
+
+
+def test_processor_writes_the_chat_and_the_tokens_of_frames(
+    original: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, tower = original
+    convert(source, tmp_path / "out", tower)
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    content = [{"type": "video"}, {"type": "text", "text": "What?"}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<video>\nWhat?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    frames = torch.randint(256, (5, 3, 70, 90), dtype=torch.uint8)
+    inputs = processor(text=[text], videos=[frames], do_sample_frames=False, return_tensors="pt")
+    assert inputs["pixel_values_videos"].shape == (1, 5, 3, 56, 56)
+    assert int((inputs["input_ids"] == VIDEO).sum()) == 5 * 4
+    # CLIP's own processor is the one that LongVA calls.
+    clip = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
+    )
+    expected = clip(list(frames), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(inputs["pixel_values_videos"][0], expected)
+
+
+def test_command_converts(original: tuple[Path, Path], command: Any, files: Any) -> None:
+    source, tower = original
+    ran = command("convert", "longva", source, "--tower", tower)
+    out = source.with_name("original-converted")
+    assert (ran.code, ran.out) == (0, f"{out}: use it with --model {out}\n")
+    asked = command(
+        *("ask", files.video, "what happens?", "--model", out, "--frames", 4),
+        *("--json", "--max-new-tokens", 2),
+    )
+    assert json.loads(asked.out)["media_tokens"]["before"] == 4 * 4
+
+
+def test_tower_s_weights_come_from_its_checkpoint(
+    original: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, tower = original
+    prefix = "model.vision_tower.vision_tower."
+    weights = weights_of(source)
+    moved = {n.removeprefix(prefix): one for n, one in weights.items() if n.startswith(prefix)}
+    convert(source, tmp_path / "whole", tower)
+    save_file(
+        moved | {"text_model.final_layer_norm.bias": torch.ones(3)}, tower / "model.safetensors"
+    )
+
+    def strip(of_file: dict[str, Tensor]) -> None:
+        for name in moved:
+            of_file.pop(prefix + name, None)
+
+    change_weights(source, strip)
+    convert(source, tmp_path / "parts", tower)
+    whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(one, parts[name]) for name, one in whole.items())
+
+
+def test_what_is_computed_anew_is_left_behind(original: tuple[Path, Path], tmp_path: Path) -> None:
+    source, tower = original
+    save_file(
+        {
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+            "model.vision_tower.vision_tower.vision_model.embeddings.position_ids": torch.ones(17),
+            "model.image_newline": torch.ones(64),
+        },
+        source / "model-buffers.safetensors",
+    )
+    convert(source, tmp_path / "out", tower)
+    assert len(weights_of(tmp_path / "out")) == len(build("longva").model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("model_type", "qwen2"),
+        ("mm_patch_merge_type", "spatial_unpad"),
+        ("mm_projector_type", "linear"),
+        ("mm_spatial_pool_mode", "max"),
+        ("mm_spatial_pool_stride", 3),
+        ("mm_vision_select_feature", "cls_patch"),
+    ],
+)
+def test_other_models_fail(
+    setting: str, value: Any, original: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, tower = original
+    change(source, **{setting: value})
+    with pytest.raises(UnsupportedModelError, match=f"its {setting} must be .*, got {value!r}"):
+        convert(source, tmp_path / "out", tower)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layer", [-5, 0, 5])
+def test_layer_outside_the_tower_fails(
+    layer: int, original: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, tower = original
+    change(source, mm_vision_select_layer=layer)
+    with pytest.raises(UnsupportedModelError, match=f"one of the 4 blocks .* got {layer}"):
+        convert(source, tmp_path / "out", tower)
+
+
+@pytest.mark.parametrize("value", ["(1x1),...,(6x6)", None, [336]])
+def test_tilings_that_cannot_be_read_fail(
+    value: Any, original: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, tower = original
+    change(source, image_grid_pinpoints=value)
+    with pytest.raises(UnsupportedModelError, match="image_grid_pinpoints must be a list"):
+        convert(source, tmp_path / "out", tower)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_tower_fails(original: tuple[Path, Path], tmp_path: Path) -> None:
+    source, _ = original
+    with pytest.raises(TokenPruneError, match="sizes of 'tiny/clip'.* with --tower"):
+        convert(source, tmp_path / "out")
+
+
+def test_known_tower_of_other_sizes_fails(original: tuple[Path, Path], tmp_path: Path) -> None:
+    source, _ = original
+    change(source, mm_vision_tower="openai/clip-vit-large-patch14-336")
+    with pytest.raises(TokenPruneError, match=r"has shape .*, but the model has"):
+        convert(source, tmp_path / "out")
+
+
+def test_folder_in_use_fails(original: tuple[Path, Path]) -> None:
+    source, tower = original
+    with pytest.raises(TokenPruneError, match="is not empty; give a new folder"):
+        convert(source, source, tower)
+
+
+def test_folder_without_a_checkpoint_fails(original: tuple[Path, Path], tmp_path: Path) -> None:
+    _, tower = original
+    with pytest.raises(TokenPruneError, match=r"cannot read config\.json in"):
+        convert(tmp_path, tmp_path / "out", tower)
+
+
+def test_folder_without_a_tower_fails(original: tuple[Path, Path], tmp_path: Path) -> None:
+    source, _ = original
+    with pytest.raises(TokenPruneError, match=r"cannot read config\.json in"):
+        convert(source, tmp_path / "out", tmp_path)
+
+
+def test_tower_of_another_kind_fails(original: tuple[Path, Path], tmp_path: Path) -> None:
+    source, tower = original
+    change(tower, model_type="siglip", vision_config={"model_type": "siglip_vision_model"})
+    with pytest.raises(UnsupportedModelError, match="must be a clip_vision_model, got 'siglip_"):
+        convert(source, tmp_path / "out", tower)
+
+
+def test_checkpoint_without_a_tokenizer_fails(original: tuple[Path, Path], tmp_path: Path) -> None:
+    source, tower = original
+    for file in source.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(TokenPruneError, match="cannot read the tokenizer in"):
+        convert(source, tmp_path / "out", tower)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_formats_of_weights_fail(original: tuple[Path, Path], tmp_path: Path) -> None:
+    source, tower = original
+    for file in source.glob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    with pytest.raises(TokenPruneError, match=r"no \.safetensors file in"):
+        convert(source, tmp_path / "out", tower)
+
+
+def test_missing_tensors_fail(original: tuple[Path, Path], tmp_path: Path) -> None:
+    source, tower = original
+    change_weights(source, lambda weights: weights.pop("model.norm.weight", None))
+    with pytest.raises(
+        TokenPruneError, match=r"lack 1 tensors, such as model\.language_model\.norm"
+    ):
+        convert(source, tmp_path / "out", tower)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_without_a_place_fail(original: tuple[Path, Path], tmp_path: Path) -> None:
+    source, tower = original
+    change_weights(source, lambda weights: weights.update({"model.adapter.weight": torch.ones(2)}))
+    with pytest.raises(TokenPruneError, match=r"model\.adapter\.weight .* no such tensor"):
+        convert(source, tmp_path / "out", tower)
+
+
+def test_placeholders_need_room(original: tuple[Path, Path], tmp_path: Path) -> None:
+    source, tower = original
+    # The tokenizer has numbers for the whole vocabulary, but not these two tokens.
+    tokenizer({IMAGE: "<picture>", VIDEO: "<film>"}).save_pretrained(source)
+    with pytest.raises(UnsupportedModelError, match=f"all {VOCABULARY} are taken"):
+        convert(source, tmp_path / "out", tower)
+
+
+def test_unknown_family_fails() -> None:
+    with pytest.raises(UnsupportedModelError, match="no converter for 'blip'; known: longva"):
+        find_converter("blip")
+    assert find_converter("longva") is convert
