@@ -25,7 +25,7 @@ from tokenprune.storage import check_identity, check_path, identity, read, write
 from tokenprune.streaming import Pace, Script, Tokens
 from tokenprune.watching import WatchedGroup, Watcher
 
-__all__ = ["Session", "WatchedGroup"]
+__all__ = ["Session", "check_session"]
 
 _RESERVED = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
 
@@ -76,7 +76,7 @@ class Session:
     ) -> None:
         self.recipe = Recipe(recipe)
         self._loaded = LoadedModel(model, processor, name or str(model.name_or_path or "model"))
-        _check_recipe(self.recipe)
+        check_session(self.recipe)
         _check_watches(self._loaded)
         self._patch = Patch(model, self.recipe, "original")
         self._watcher = Watcher(self._loaded, self._patch, group)
@@ -119,12 +119,35 @@ class Session:
         groups = self._watcher.groups
         return groups[-1].kv_bytes if groups else {"before": 0, "after": 0}
 
+    def as_dict(self) -> dict[str, Any]:
+        """What was watched and what it cost, group by group."""
+        return {
+            "frames": self.frames,
+            "media_tokens": self.media_tokens,
+            "kv_bytes": self.kv_bytes,
+            "recipe": str(self.recipe),
+            "model": self._loaded.name,
+            "groups": [asdict(group) for group in self._watcher.groups],
+        }
+
+    def __str__(self) -> str:
+        tokens, size, groups = self.media_tokens, self.kv_bytes, self._watcher.groups
+        spent = [
+            f"{name} {sum(getattr(group, f'{name}_seconds') for group in groups):.3f}"
+            for name in ("decode", "process", "encode", "prefill")
+        ]
+        mebibytes = [f"{size[when] / 2**20:.1f} MiB" for when in ("before", "after")]
+        lines = [
+            f"recipe        {self.recipe}",
+            f"frames        {self.frames} in {len(groups)} groups",
+            f"media tokens  {tokens['before']} -> {tokens['after']}",
+            f"KV cache      {' -> '.join(mebibytes)}",
+            f"seconds       {', '.join(spent)}",
+        ]
+        return "\n".join(lines)
+
     def __repr__(self) -> str:
-        tokens = self.media_tokens
-        return (
-            f"Session({self._loaded.name}, {self.recipe}: {self.frames} frames, media tokens "
-            f"{tokens['before']} -> {tokens['after']})"
-        )
+        return f"Session({self._loaded.name}, {self.recipe}, {self.frames} frames)"
 
     # -- watching
 
@@ -384,7 +407,12 @@ class Session:
             raise TokenPruneError("this session is closed; make a new one, or load a saved one")
 
 
-def _check_recipe(recipe: Recipe) -> None:
+def check_session(recipe: Recipe) -> None:
+    """Check that a recipe can be followed group by group.
+
+    Raises:
+        RecipeError: It asks for the question, or for the whole video.
+    """
     for method in recipe.methods:
         if method.text_dependent:
             raise RecipeError(

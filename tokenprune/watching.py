@@ -113,7 +113,10 @@ class Watcher:
             return (height, width) if rule is None else rule(height, width, count)
 
         offset = self.source_frames
-        for video in stream_video(path, group=self.group, frames=frames, fps=fps, size=size):
+        groups = stream_video(
+            path, group=self.group, first_group=self.group, frames=frames, fps=fps, size=size
+        )
+        for video in groups:
             info = video.info
             pace = Pace(info.average_fps, planned / info.frame_count * info.average_fps)
             if self.pace is None:
@@ -218,6 +221,8 @@ class Watcher:
                 mark.restore()
             raise
         self.cache, self.told = cache, told
+        if calls:  # what the group before decided holds from here on
+            self._patch.report.calls[calls - 1].length -= closing
         self._locate()
         seconds = self._patch.report.seconds
         self.groups.append(
@@ -241,13 +246,17 @@ class Watcher:
         assert self.script is not None
         # Some families find the end of a clip by what follows it.
         positions = self.positions(told.then(self.script.ending))
+        # Masks look these up by a token's place in the whole sequence (Gemma 3).
+        types = new.types | {
+            name: told.types[name] for name in ("token_type_ids",) if name in told.types
+        }
         with torch.no_grad(), self._patch:
             model(
                 input_ids=new.ids,
                 position_ids=positions[..., len(told) - len(new) : len(told)],
                 past_key_values=cache,
                 use_cache=True,
-                **new.types,
+                **types,
                 **new.media,
                 **least,
             )
