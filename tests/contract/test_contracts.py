@@ -567,7 +567,7 @@ def test_assisted_decoding_matches_the_oracle(name: str, recipe: str) -> None:
 
     one = model_of(name)
     inputs = one.inputs(2, 60)  # much text, so that guesses are made
-    steps = 16
+    steps = 24
     with positions_logged(one.model.get_decoder()) as log:
         generate(one, inputs, max_new_tokens=steps)
     with prune(one.model, recipe) as report, pytest.MonkeyPatch.context() as patch:

@@ -103,6 +103,8 @@ def encode(
             container.mux(packet)
         if track is not None:
             write_tone(container, track, float(len(numbers) / rate))
+    if isinstance(target, Pipe):
+        target.close()
     return Clip(path, list(numbers))
 
 

@@ -126,7 +126,8 @@ class _Samples:
         starts = np.cumsum(counts) - counts
         filled = counts > 0
         in_chunk = before - np.repeat(before[starts[filled]], counts[filled])
-        return np.repeat(chunks, counts) + in_chunk
+        places: NDArray[np.int64] = np.repeat(chunks, counts) + in_chunk
+        return places
 
 
 def _moov(path: str) -> bytes | None:

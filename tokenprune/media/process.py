@@ -133,9 +133,10 @@ class ProcessWorker:
         except OSError:
             self._mourn()
 
-    def _receive(self) -> object:
+    def _receive(self) -> Ask | Stored | Done | Exception:
         try:
-            return self._connection.recv()
+            message: Ask | Stored | Done | Exception = self._connection.recv()
+            return message
         except (OSError, EOFError):
             self._mourn()
 
