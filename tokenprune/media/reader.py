@@ -4,12 +4,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 
 from tokenprune.errors import MediaError
+from tokenprune.media.backends import LIBRARIES, Backend, LibraryDecoder, check_backend
 from tokenprune.media.decode import FrameDecoder, Group, WorkerKind
 from tokenprune.media.demux import IndexMismatch
 from tokenprune.media.index import Ints, PacketIndex, VideoInfo, index_video
@@ -18,7 +18,6 @@ from tokenprune.media.sample import SizeRule, choose_ranks, resolve_size
 from tokenprune.media.video import Timings, Video
 
 Size = tuple[int, int] | SizeRule | None
-Backend = Literal["pyav"]
 
 WINDOW_GROUPS = 3  # groups in memory beside the one delivered
 FIRST_GROUP = 4  # frames: what comes first should come soon
@@ -61,7 +60,9 @@ class VideoReader:
         worker_kind: "thread" (the default), or "process" for callers that run much Python while
             they consume a stream: a decoding thread would have to wait for the interpreter's lock
             several times a packet. Processes take some tenths of a second to start.
-        backend: what decodes.
+        backend: "pyav", our own decoder, or a library to compare it with: "decord" or
+            "torchcodec", which decode in the caller's thread, and give only what they are known to
+            give right: others than plain MP4 and Matroska files are refused.
         timeout_seconds: give up when no worker gets on for so long.
 
     Attributes:
@@ -84,7 +85,8 @@ class VideoReader:
     ) -> None:
         self._workers = worker_count(workers)
         self._kind = _check_kind(worker_kind)
-        _check_backend(backend)
+        check_backend(backend)
+        self._backend = backend
         if not timeout_seconds > 0:
             raise MediaError(f"timeout_seconds must be above 0, got {timeout_seconds!r}")
         self._timeout = timeout_seconds
@@ -195,16 +197,7 @@ class VideoReader:
         self, request: Request, ranks: Ints, size: tuple[int, int], cut: Callable[[int], Ints]
     ) -> Iterator[Video]:
         bounds = cut(len(ranks))
-        decoder = FrameDecoder(
-            self.index,
-            ranks,
-            size,
-            bounds=bounds,
-            window=WINDOW_GROUPS * int(np.diff(bounds).max()),
-            workers=self._workers,
-            worker_kind=self._kind,
-            timeout_seconds=self._timeout,
-        )
+        decoder = self._decoder(ranks, size, bounds)
         given = 0
         try:
             with decoder:
@@ -218,7 +211,24 @@ class VideoReader:
             self._index(self.info.path, scan=True)
             yield from self._groups(request, request.ranks(self.index), cut)
 
-    def _video(self, decoder: FrameDecoder, part: Group, ranks: Ints) -> Video:
+    def _decoder(
+        self, ranks: Ints, size: tuple[int, int], bounds: Ints
+    ) -> FrameDecoder | LibraryDecoder:
+        if self._backend != "pyav":
+            library = LIBRARIES[self._backend]
+            return library(self.index, ranks, size, bounds=bounds, workers=self._workers)
+        return FrameDecoder(
+            self.index,
+            ranks,
+            size,
+            bounds=bounds,
+            window=WINDOW_GROUPS * int(np.diff(bounds).max()),
+            workers=self._workers,
+            worker_kind=self._kind,
+            timeout_seconds=self._timeout,
+        )
+
+    def _video(self, decoder: FrameDecoder | LibraryDecoder, part: Group, ranks: Ints) -> Video:
         here = ranks[part.first : part.first + len(part.frames)]
         return Video(
             frames=part.frames,
@@ -265,7 +275,7 @@ def read_video(
             them; None keeps the source's size. Frames are scaled in the decoder (bilinear).
         workers: how many decode at a time; None means one for each core we may use.
         worker_kind: "thread" (the default) or "process", see `VideoReader`.
-        backend: what decodes.
+        backend: what decodes: "pyav", "decord" or "torchcodec", see `VideoReader`.
         timeout_seconds: give up when no worker gets on for so long.
 
     Raises:
@@ -345,8 +355,3 @@ def _check_kind(kind: WorkerKind | None) -> WorkerKind:
     if kind == "process" and os.name != "posix":
         raise MediaError('worker_kind="process" needs Linux or macOS; use "thread"')
     return kind or "thread"
-
-
-def _check_backend(backend: str) -> None:
-    if backend != "pyav":
-        raise MediaError(f'backend must be "pyav", got {backend!r}')

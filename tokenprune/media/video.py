@@ -36,7 +36,8 @@ class Video:
         info: the whole video.
         substituted: bool `[F]`, True where a damaged frame is replaced by the nearest earlier one
             that can be decoded.
-        pictures_decoded: pictures that the decoders gave, in a stream up to this group.
+        pictures_decoded: pictures that the decoders gave, in a stream up to this group; 0 from
+            another backend than our own, for they do not tell.
         timings: where the time went.
         bytes_read: bytes of the video's packets that were read to decode them, in a stream up to
             this group.
