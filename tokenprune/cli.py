@@ -44,7 +44,9 @@ def main() -> None:
 
 @app.command()
 def ask(
-    file: Annotated[Path, typer.Argument(help="A video, an image, or a sound.")],
+    file: Annotated[
+        Path, typer.Argument(help="A video, an image, a sound, or what `watch` has saved.")
+    ],
     question: Annotated[str, typer.Argument(help="What to ask.")],
     model: Model = None,
     recipe: Annotated[str | None, typer.Option(help=RECIPE_HELP)] = None,
@@ -66,11 +68,21 @@ def ask(
     # A large model takes minutes to load: what can be known before is said before.
     check_file(file)
     check_question(question)
+    if max_new_tokens < 1:
+        raise TokenPruneError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
+    if file.suffix == ".safetensors":
+        settled = {"recipe": recipe, "frames": frames, "fps": fps, "overlay": overlay}
+        given = [f"--{name}" for name, value in settled.items() if value is not None]
+        if given := given + ["--compare"] * compare:
+            raise TokenPruneError(
+                f"{str(file)!r} was watched already, without its frames: leave out "
+                f"{' and '.join(given)}, or ask about the video itself"
+            )
+        _ask_saved(file, question, model, max_new_tokens, as_json)
+        return
     if frames is not None and fps is not None:
         raise MediaError(f"give --frames or --fps, got both ({frames} and {fps})")
     check_amount(frames, fps)
-    if max_new_tokens < 1:
-        raise TokenPruneError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
     if overlay is not None:
         check_picture(overlay)
     chosen = None if recipe is None else Recipe.parse(recipe)
@@ -118,6 +130,67 @@ def plan_file(
         raise MediaError(f"give --frames or --fps, got both ({frames} and {fps})")
     planned = plan(file, model, recipe=recipe, frames=frames, fps=fps, question=question)
     typer.echo(json.dumps(planned.as_dict()) if as_json else str(planned))
+
+
+def _ask_saved(
+    file: Path, question: str, model: str | None, max_new_tokens: int, as_json: bool
+) -> None:
+    from tokenprune.loading import load_model
+    from tokenprune.session import Session
+    from tokenprune.storage import read_header
+
+    name = read_header(file)["model"]
+    with tqdm(total=3, bar_format="{desc}", leave=False, disable=as_json) as progress:
+        progress.set_description_str("loading the model")
+        loaded = load_model(model or name)
+        progress.set_description_str("reading the file")
+        with Session.load(file, loaded.model, loaded.processor, name=loaded.name) as session:
+            progress.set_description_str("answering")
+            found = session.ask(question, max_new_tokens=max_new_tokens)
+    typer.echo(json.dumps(found.as_dict()) if as_json else table([found]))
+
+
+@app.command("watch")
+def watch_video(
+    video: Annotated[Path, typer.Argument(help="A video.")],
+    save: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    model: Model = None,
+    recipe: Annotated[str | None, typer.Option(help=RECIPE_HELP)] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames, evenly spread [default: 64].")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second, instead.")] = None,
+    group: Annotated[int, typer.Option(help="Frames that are prefilled at once.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Watch a video once and save what is kept: `ask` then answers about the file it writes."""
+    from tokenprune.answering import default_recipe
+    from tokenprune.loading import load_model
+    from tokenprune.media.files import check_file
+    from tokenprune.media.sample import check_amount
+    from tokenprune.recipe import Recipe
+    from tokenprune.session import Session, check_session
+    from tokenprune.storage import check_path
+
+    check_file(video)
+    check_path(save)
+    if frames is not None and fps is not None:
+        raise MediaError(f"give --frames or --fps, got both ({frames} and {fps})")
+    check_amount(frames, fps)
+    chosen = None if recipe is None else Recipe.parse(recipe)
+    if chosen is not None:
+        check_session(chosen)
+    with tqdm(total=3, bar_format="{desc}", leave=False, disable=as_json) as progress:
+        progress.set_description_str("loading the model")
+        loaded = load_model(model)
+        chosen = default_recipe(loaded) if chosen is None else chosen
+        name = loaded.name
+        with Session(loaded.model, loaded.processor, chosen, group=group, name=name) as session:
+            progress.set_description_str("watching")
+            session.watch(video, frames=frames, fps=fps)
+            progress.set_description_str("saving")
+            session.save(save)
+            found = json.dumps(session.as_dict()) if as_json else str(session)
+    typer.echo(found)
+    typer.echo(f"saved: {save}", err=True)
 
 
 @app.command()

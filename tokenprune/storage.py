@@ -77,6 +77,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         MediaError: It is damaged, or was not written by `write`.
     """
     text, digest = _texts(path)
+    header = _header(path, text)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -84,7 +85,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise _damaged(path, str(error)) from error
     if _digest(tensors, text) != digest:
         raise _damaged(path, "its digest is another")
-    return tensors, _header(path, text)
+    return tensors, header
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
