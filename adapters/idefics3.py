@@ -56,6 +56,8 @@ class Idefics3(Adapter):
     def _views(self, call: MediaCall) -> Tensor:
         """All views in the order of encoding: `[W, 3, height, width]`."""
         pixels: Tensor = call.arguments["pixel_values"]
+        if pixels.is_meta:  # a forecast, of one prompt: nothing fills it up
+            return pixels.flatten(0, 1)
         return pixels.flatten(0, 1)[self._real(call)]
 
     def _real(self, call: MediaCall) -> Tensor:

@@ -46,9 +46,9 @@ class Session:
     questions know nothing of each other. Between calls the model carries no hooks, and several
     sessions may share it, one call at a time.
 
-    A session watches: the sound track of a video is left out. Budgets are of each group: a share is the same as over the video, a count is per group. Stages
-    that depend on the question are refused, for there is none yet, and so are those that weigh the
-    whole video at once.
+    A session watches: the sound track of a video is left out. Budgets are of each group: a share
+    is the same as over the video, a count is per group. Stages that depend on the question are
+    refused, for there is none yet, and so are those that weigh the whole video at once.
 
     Args:
         model: A model of a supported family that takes videos or images.
