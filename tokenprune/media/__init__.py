@@ -2,6 +2,7 @@
 
 from tokenprune.media.audio import read_audio
 from tokenprune.media.index import PacketIndex, VideoInfo, index_video, probe
+from tokenprune.media.loader import register_with_transformers
 from tokenprune.media.reader import VideoReader, read_video, stream_video
 from tokenprune.media.sample import SizeRule
 from tokenprune.media.video import Timings, Video
@@ -17,5 +18,6 @@ __all__ = [
     "probe",
     "read_audio",
     "read_video",
+    "register_with_transformers",
     "stream_video",
 ]
