@@ -1,7 +1,9 @@
 """The sound track of a file."""
 
+import math
 import os
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import av
@@ -15,23 +17,43 @@ from tokenprune.media.files import open_media
 
 Samples = NDArray[np.float32]
 
+GAP_SECONDS = 0.1  # less than this between two pieces of sound is rounding
+JUMP_SECONDS = 10.0  # more than this is a new clock, and nothing is missing
+
 
 def read_audio(
-    path: str | os.PathLike[str], *, sampling_rate: int = 16000, track: int = 0
+    path: str | os.PathLike[str],
+    *,
+    sampling_rate: int = 16000,
+    track: int = 0,
+    start_seconds: float | None = None,
+    start: float | None = None,
+    end: float | None = None,
 ) -> Tensor:
     """Decode a sound track to one channel, the mean of all, at the rate asked for.
+
+    Where a piece is lost or cannot be decoded, silence takes its place, so that all else stays in
+    time.
 
     Args:
         path: a local file, with or without video.
         sampling_rate: samples per second.
         track: which of the file's sound tracks.
+        start_seconds: where on the file's own clock the sound is to begin (a video's
+            `start_seconds` keeps it in step with the frames): what comes before is left out, and
+            silence stands in for what the track lacks. None: where the track begins.
+        start: seconds from there on that are left out.
+        end: seconds from there on where the part to read ends; past the end of the track means
+            its end.
 
     Returns:
-        float32 `[T]`, full scale is -1 to 1; all of the track, however long.
+        float32 `[T]`, full scale is -1 to 1; all of the track, however long. Empty if it ends
+        before `start_seconds`.
 
     Raises:
-        MediaError: the file cannot be read, or has no such track.
+        MediaError: the file cannot be read, or has no such track, or no such part of it.
     """
+    _check_part(start, end)
     if sampling_rate < 1:
         raise MediaError(f"sampling_rate must be at least 1 per second, got {sampling_rate}")
     with open_media(path) as container:
@@ -46,20 +68,63 @@ def read_audio(
         if stream.codec_context is None:
             raise DecodeError(f"{container.name!r}: no decoder for its sound track {track}")
         stream.codec_context.thread_type = "NONE"
-        parts = list(_resample(_frames(container, stream), sampling_rate))
-        if not parts:
+        frames = _frames(container, stream)
+        first = next(frames, None)
+        if first is None:
             raise DecodeError(f"{container.name!r}: nothing of sound track {track} can be decoded")
-    return torch.from_numpy(np.concatenate(parts))
+        known = start_seconds is not None and first.time is not None
+        lead = round((first.time - start_seconds) * sampling_rate) if known else 0
+        begin = round((start or 0.0) * sampling_rate)
+        stop = None if end is None else round(end * sampling_rate)
+        parts = _resample(chain([first], frames), sampling_rate)
+        samples, reached = _cut(parts, lead, begin, stop)
+        if start is not None and reached <= begin:
+            raise MediaError(
+                f"start must lie before the end of the sound of {container.name!r}"
+                f" ({reached / sampling_rate:.3f} s), got {start}"
+            )
+    return torch.from_numpy(samples)
+
+
+def _check_part(start: float | None, end: float | None) -> None:
+    begin, stop = 0.0 if start is None else start, math.inf if end is None else end
+    if not 0 <= begin < stop:  # also refuses nan
+        raise MediaError(
+            f"start and end must satisfy 0 <= start < end, in seconds, got start={start} end={end}"
+        )
+
+
+def _cut(parts: Iterator[Samples], lead: int, begin: int, stop: int | None) -> tuple[Samples, int]:
+    """The samples from `begin` to `stop` of silence of length `lead`, and then the parts.
+
+    A negative lead says how many samples of the parts come before the first that counts. No part
+    after `stop` is decoded. Gives also how far the sound was followed.
+    """
+    silence = max(0, lead if stop is None else min(lead, stop)) - begin
+    kept = [np.zeros(max(0, silence), np.float32)]
+    at = lead
+    for part in parts:
+        kept.append(part[max(0, begin - at) : None if stop is None else max(0, stop - at)])
+        at += len(part)
+        if stop is not None and at >= stop:
+            break
+    return np.concatenate(kept), at
 
 
 def _resample(frames: Iterator[Any], sampling_rate: int) -> Iterator[Samples]:
     """One channel at the new rate: the mean of all, which never exceeds full scale."""
-    kind = resampler = None
+    kind = resampler = due = None
     for frame in frames:
+        lost = 0.0 if due is None or frame.time is None else frame.time - due
+        if GAP_SECONDS < lost < JUMP_SECONDS:
+            yield from _mono(resampler, None)
+            yield np.zeros(round(lost * sampling_rate), np.float32)
+            kind = None
         if kind != (frame.layout.name, frame.format.name, frame.sample_rate):  # may change midway
             yield from _mono(resampler, None)
             kind = (frame.layout.name, frame.format.name, frame.sample_rate)
             resampler = av.AudioResampler(format="fltp", rate=sampling_rate)
+        due = None if frame.time is None else frame.time + frame.samples / frame.sample_rate
         yield from _mono(resampler, frame)
     yield from _mono(resampler, None)
 
