@@ -20,6 +20,7 @@ class Qwen2_5Omni(Qwen2_5VL):
 
     model_types = ("qwen2_5_omni_thinker",)
     modalities: ClassVar[tuple[Modality, ...]] = ("image", "video", "audio")
+    sound_in_video: ClassVar[bool] = True
     seconds_name: ClassVar[str | None] = "video_second_per_grid"
 
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:

@@ -23,6 +23,7 @@ class Qwen3OmniMoe(Qwen3VL):
 
     model_types = ("qwen3_omni_moe_thinker",)
     modalities: ClassVar[tuple[Modality, ...]] = ("image", "video", "audio")
+    sound_in_video: ClassVar[bool] = True
     seconds_name: ClassVar[str | None] = "video_second_per_grid"
 
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:

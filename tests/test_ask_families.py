@@ -10,12 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.checkpoints import SEEING, WATCHING
+from tests.checkpoints import HEARING, SEEING, WATCHING
+from tokenprune import prune
+from tokenprune.layout import AUDIO, VIDEO
 from tokenprune.loading import LoadedModel, Media, frame_size, load_model
 from tokenprune.media import Timings, Video, VideoInfo
 
-# Qwen-Omni watches a video; a model that only hears takes its sound track.
-HEARING = [("qwen2_audio", "sound"), ("qwen2_audio", "video"), ("qwen2_5_omni", "sound")]
+BOTH = [name for name in HEARING if name in SEEING]
+# A model that only hears takes the sound track of a video.
+SOUNDS = [*((name, "sound") for name in HEARING), ("qwen2_audio", "video")]
 
 CROPPING = ("llava", "video_llava", "vipllava")
 """Families whose processors crop images to a square."""
@@ -86,7 +89,7 @@ def test_ask_about_a_video(name, checkpoint, command, files, tmp_path):
         assert min(picture.size) > 50
 
 
-@pytest.mark.parametrize("name, file", HEARING)
+@pytest.mark.parametrize("name, file", SOUNDS)
 def test_ask_about_a_sound(name, file, checkpoint, command, files):
     arguments = "ask", getattr(files, file), "what is heard?", "--model", checkpoint(name)
     ran = command(*arguments, "--max-new-tokens", 2, "--json", "--compare")
@@ -98,6 +101,59 @@ def test_ask_about_a_sound(name, file, checkpoint, command, files):
     check_answer(unpruned)
     assert (found["recipe"], found["frames"]) == ("plphp(keep=0.5)", 0)
     assert list(found["media_tokens"]["per_site"]) == ["cache"]
+
+
+RATES = {"phi4_multimodal": 12.5, "qwen2_5_omni": 25, "qwen3_omni_moe": 13}
+"""Tokens a second of sound."""
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_ask_about_a_video_with_its_sound(name, checkpoint, command, files):
+    arguments = "--model", checkpoint(name), "--frames", 4, "--json", "--max-new-tokens", 2
+    recipe = "--recipe", "plphp(keep=0.5)"
+
+    def tokens(file: Any, *more: str) -> int:
+        ran = command("ask", file, "what is it?", *arguments, *recipe, *more)
+        assert ran.code == 0, ran.err
+        found = json.loads(ran.out)
+        check_answer(found)
+        assert found["frames"] == 4
+        return int(found["media_tokens"]["before"])
+
+    # The coder adds up to a frame of silence to the second of sound.
+    heard = tokens(files.video) - tokens(files.video, "--no-sound")
+    assert RATES[name] - 1 <= heard <= 1.07 * RATES[name] + 1
+    assert tokens(files.silent) == tokens(files.silent, "--no-sound")
+
+
+@pytest.mark.parametrize("name", [name for name in BOTH if name != "phi4_multimodal"])
+def test_sound_stands_between_the_frames_of_its_time(name, loaded):
+    """Also beyond the longest sound that the processor takes alone: 30 seconds."""
+    model = loaded(name)
+    clip = made_video(56, 56, 360)  # 36 seconds, a grid each 0.2
+    media = Media(clip.frames, video=clip, audio=torch.linspace(0, 1, 16000 * 36).sin())
+    inputs = model.encode(media, "what?")
+    positions = []
+    handle = model.model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: positions.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    with torch.no_grad(), prune(model.model) as report:
+        model.model(**inputs)
+    handle.remove()
+    layout = report.calls[0].layouts[0]
+    heard, seen = layout[layout.modality == AUDIO], layout[layout.modality == VIDEO]
+    assert len(heard) == pytest.approx(36 * RATES[name], abs=1)
+    assert (layout.item.unique().tolist(), seen.frame.max()) == ([0, 1], 179)
+    torch.testing.assert_close(seen.seconds, seen.frame.double() * 0.2)
+    assert heard.seconds[-1] == pytest.approx(36, abs=0.1)
+    # The model's own clock: a position of time for each token of sound.
+    clock = positions[0][-3, 0, layout.position].double()
+    torch.testing.assert_close(
+        clock - clock[0], layout.seconds * RATES[name], rtol=0, atol=1.0 + 1e-6
+    )
+    # What stands beside each other in the prompt is of one chunk of two seconds.
+    chunk = (layout.seconds / 2 + 1e-6).floor()
+    assert (chunk.diff() >= 0).all()
 
 
 def made_video(height: int, width: int, frames: int) -> Video:

@@ -23,6 +23,7 @@ from tests.test_adapters import layouts, watching
 from tests.tiny.base import SPECIAL, Tiny
 from tokenprune.adapter import adapter_for
 from tokenprune.layout import AUDIO, TokenLayout
+from tokenprune.loading import LoadedModel, auto_class
 
 TILES_UNKNOWN = ("aya_vision", "internvl", "longva", "perception_lm")
 """Families whose models are not told how the tiles of an image lie."""
@@ -49,7 +50,7 @@ def load(folder: Path) -> tuple[Tiny, Any]:
     """The model and the processor of a checkpoint."""
     config = transformers.AutoConfig.from_pretrained(folder)
     config = getattr(config, "thinker_config", config)
-    model, found = transformers.AutoModelForMultimodalLM.from_pretrained(
+    model, found = auto_class(config).from_pretrained(
         folder, config=config, output_loading_info=True
     )
     assert not any(found.values())
@@ -58,9 +59,7 @@ def load(folder: Path) -> tuple[Tiny, Any]:
 
 
 def ask(processor: Any, kind: str, **media: Any) -> dict[str, Any]:
-    content = [{"type": kind}, {"type": "text", "text": "What is it?"}]
-    chat = [{"role": "user", "content": content}]
-    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    text = LoadedModel(None, processor, "tiny").prompt([{"type": kind}], "What is it?")
     return dict(processor(text=[text], return_tensors="pt", **media))
 
 
@@ -140,23 +139,65 @@ def test_a_video_s_layout_follows_its_frames(name: str, checkpoint: Checkpoint) 
         torch.testing.assert_close(layout.seconds, layout.frame.double() * float(told[0]))
 
 
-@pytest.mark.parametrize("name", HEARING)
-def test_a_sound_s_layout_follows_its_length(name: str, checkpoint: Checkpoint) -> None:
+RATES = {
+    # Tokens a second; those of a Q-Former's window begin together.
+    "audioflamingo3": 25,
+    "granite_speech": 10,
+    "phi4_multimodal": 12.5,
+    "qwen2_5_omni": 25,
+    "qwen2_audio": 25,
+    "qwen3_omni_moe": 13,
+}
+
+
+def hear(name: str, seconds: float, checkpoint: Checkpoint) -> TokenLayout:
+    """The layout of a sound of this length."""
     tiny, processor = load(checkpoint(name))
-    sound = numpy.sin(numpy.arange(12_000) / 20).astype(numpy.float32)
+    sound = numpy.sin(numpy.arange(int(16_000 * seconds)) / 20).astype(numpy.float32)
     inputs = ask(processor, "audio", audio=[sound], sampling_rate=16_000)
     with watching(tiny) as seen:
         tiny.model(**inputs)
     (layout,) = layouts(adapter_for(tiny.model), seen, inputs)
     assert layout.modality.unique().tolist() == [AUDIO]
-    assert abs(len(layout) - 0.75 * 25) <= 1
+    assert layout.item.unique().tolist() == [0]
+    return layout
+
+
+@pytest.mark.parametrize("name", HEARING)
+def test_a_sound_s_layout_follows_its_length(name: str, checkpoint: Checkpoint) -> None:
+    layout = hear(name, 0.75, checkpoint)
+    assert len(layout) == pytest.approx(0.75 * RATES[name], abs=2)
     assert layout.seconds[-1] < 0.75
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+WHOLE = ("audioflamingo3", "granite_speech", "phi4_multimodal", "qwen3_omni_moe")
+"""Families whose processor takes a sound of any length, in windows if need be."""
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_sound_longer_than_a_window_goes_on_counting(name: str, checkpoint: Checkpoint) -> None:
+    """70 seconds: two windows of 30 seconds and part of a third, or more than one of 40."""
+    layout = hear(name, 70, checkpoint)
+    assert len(layout) == pytest.approx(70 * RATES[name], abs=2)
+    assert torch.equal(layout.column, torch.arange(len(layout)))
+    assert layout.seconds[0] == 0
+    steps = layout.seconds.diff()
+    assert (steps >= 0).all() and steps.max() < 0.31
+    assert 69.69 < layout.seconds[-1] < 70
+    # Each second has its share, also where windows meet.
+    per_second = torch.bincount(layout.seconds.floor().long())
+    assert len(per_second) == 70
+    assert (per_second - RATES[name]).abs().max() <= (2 if name == "granite_speech" else 1)
+
+
+WORDS_ONLY = ("granite_speech", "phi4_multimodal")
+"""Families whose chat template takes no parts."""
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name not in WORDS_ONLY])
 def test_chat_template_takes_media(name: str, checkpoint: Checkpoint) -> None:
     tiny, processor = load(checkpoint(name))
-    if name == "qwen2_audio":
+    if name not in SEEING:
         part = {"type": "audio", "audio": numpy.zeros(8_000, dtype=numpy.float32)}
     else:
         part = {"type": "image", "image": Image.new("RGB", (90, 60))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -65,6 +66,14 @@ def test_a_thinker_on_its_own_loads(loaded, tmp_path):
 
     state = alone.model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in one.model.state_dict().items())
+
+
+def absent(*args, **kwargs):
+        raise ImportError("\nSomeTower requires the timm library. Do so with pip:\n`x`")
+
+    monkeypatch.setattr(tokenprune.loading.transformers.AutoProcessor, "from_pretrained", absent)
+    with pytest.raises(MissingExtraError, match="requires the timm library.* install that package"):
+        load_model(str(copy), device="cpu")
 
 
 def test_half_precision_is_widened_on_a_cpu_only(copy):
@@ -235,7 +244,33 @@ def test_a_sound_is_read_for_models_that_hear(loaded, files):
         media = read_media(files.sound, loaded(name))
         assert media.audio.shape == (24000,) and len(media.frames) == 0
     assert read_media(files.video, loaded("qwen2_audio")).audio is not None
-    assert read_media(files.video, loaded("qwen2_5_omni"), frames=2).audio is None
+
+
+def test_a_video_s_sound_is_read_for_models_that_see_and_hear(loaded, files):
+    omni = loaded("qwen2_5_omni")
+    media = read_media(files.video, omni, frames=2)
+    assert len(media.audio) == pytest.approx(16000, abs=1100)  # the coder adds a frame at the end
+    assert len(media.frames) == 2
+    assert read_media(files.video, omni, frames=2, sound=False).audio is None
+    assert read_media(files.silent, omni, frames=2).audio is None
+    assert read_media(files.video, loaded("qwen2_vl"), frames=2).audio is None
+
+
+def test_a_sound_beyond_what_a_processor_takes_fails(loaded):
+    one = loaded("audioflamingo3")
+    one.processor.max_audio_len = 2
+    media = Media(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), audio=torch.zeros(48000))
+    with pytest.raises(
+        MediaError, match=r"the sound lasts 3 seconds, and .* hears at most 2; give"
+    ):
+        one.encode(media, "what?")
+
+
+def test_a_track_of_a_few_samples_makes_a_token(loaded, files):
+    omni = loaded("qwen2_5_omni")
+    media = replace(read_media(files.video, omni, frames=2), audio=torch.zeros(3))
+    inputs = omni.encode(media, "what?")
+    assert int((inputs["input_ids"] == omni.model.config.audio_token_id).sum()) > 0
 
 
 def test_long_sounds_are_heard_to_the_end(loaded):

@@ -52,14 +52,14 @@ class Answer:
 
 
 def default_recipe(loaded: LoadedModel, media: Media | None = None) -> Recipe:
-    """A quarter of the tokens by VFlowOpt; for what is only heard, half the cache by PLPHP.
+    """A quarter of what is seen by VFlowOpt; for what is only heard, half the cache by PLPHP.
 
     Args:
         loaded: The model.
         media: What is asked about; None before it is known.
     """
     sees = set(loaded.adapter.modalities) - {"audio"}
-    heard = media is not None and media.audio is not None
+    heard = media is not None and not len(media.frames)
     return Recipe("vflowopt(keep=0.25)" if sees and not heard else "plphp(keep=0.5)")
 
 
@@ -71,6 +71,7 @@ def ask(
     recipe: Recipe | str | None = None,
     frames: int | None = None,
     fps: float | None = None,
+    sound: bool = True,
     max_new_tokens: int = 64,
     streamer: Any = None,
 ) -> Answer:
@@ -83,6 +84,7 @@ def ask(
         recipe: What to prune; None for `default_recipe`.
         frames: Frames to take from a video, evenly spread; 64 if `fps` is not given either.
         fps: Frames per second to take from a video.
+        sound: Whether a model that both sees and hears is given a video's sound track as well.
         max_new_tokens: Longest answer.
         streamer: Takes tokens as they come, as in `generate`.
 
@@ -91,7 +93,7 @@ def ask(
     """
     check_question(question)
     chosen = None if recipe is None else Recipe(recipe)
-    media = read_media(path, loaded, frames=frames, fps=fps)
+    media = read_media(path, loaded, frames=frames, fps=fps, sound=sound)
     chosen = default_recipe(loaded, media) if chosen is None else chosen
     return answer(loaded, media, question, chosen, max_new_tokens, streamer)
 

@@ -52,6 +52,9 @@ def ask(
     recipe: Annotated[str | None, typer.Option(help=RECIPE_HELP)] = None,
     frames: Annotated[int | None, typer.Option(help="Frames, evenly spread [default: 64].")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second, instead.")] = None,
+    sound: Annotated[
+        bool, typer.Option(help="Hear a video's sound track, with a model that sees and hears.")
+    ] = True,
     compare: Annotated[bool, typer.Option("--compare", help="Ask without pruning too.")] = False,
     overlay: Annotated[Path | None, typer.Option(help="Picture of the kept tokens.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
@@ -90,7 +93,7 @@ def ask(
         progress.set_description_str("loading the model")
         loaded = load_model(model)
         progress.set_description_str("reading the file")
-        media = read_media(file, loaded, frames=frames, fps=fps)
+        media = read_media(file, loaded, frames=frames, fps=fps, sound=sound)
         chosen = default_recipe(loaded, media) if chosen is None else chosen
         if overlay is not None and not len(media.frames):
             raise MediaError(f"an overlay needs frames, but {str(file)!r} was only heard")

@@ -31,6 +31,7 @@ from tokenprune.support import check_architecture
 __all__ = [
     "LoadedModel",
     "Media",
+    "auto_class",
     "check_question",
     "frame_size",
     "load_model",
@@ -45,12 +46,13 @@ SHORTEST_SOUND = SAMPLING_RATE // 10
 
 @dataclass(frozen=True)
 class Media:
-    """What a file holds for a model: a video's frames, an image, or a sound.
+    """What a file holds for a model: a video's frames and sound track, an image, or a sound.
 
     Attributes:
         frames: `[F, 3, H, W]` uint8; one frame for an image, none for a sound.
         video: The decoded video, if it is one.
-        audio: `[T]` float32 mono at 16 kHz, if it is a sound.
+        audio: `[T]` float32 mono at 16 kHz, if it is a sound, or the sound track of the video from
+            the first frame on.
         sized: Whether the frames have the size to which the processor would bring them.
     """
 
@@ -98,16 +100,51 @@ class LoadedModel:
         """
         check_question(question)
         arguments, parts = self._media_arguments(media)
+        text = self.prompt(parts, question)
+        inputs = dict(_process(self.processor, text=[text], **arguments))
+        # The processor puts sound between frames, and the model must be told that it did.
+        return inputs | ({"use_audio_in_video": True} if self._joins(media) else {})
+
+    def prompt(self, parts: list[dict[str, str]], question: str) -> str:
+        """A question in the model's own words of a chat, with a placeholder for each part.
+
+        Args:
+            parts: Such as `{"type": "image"}`, in order.
+            question: In words.
+
+        Raises:
+            UnsupportedModelError: The checkpoint has no chat template.
+        """
         content = [*parts, {"type": "text", "text": question}]
-        if not getattr(self.processor, "chat_template", None):
-            raise UnsupportedModelError(
-                f"the processor of {self.name} has no chat template, so no prompt can be written; "
-                "use a checkpoint tuned for chat"
-            )
-        text = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        try:
+            text = self._write(content)
+        except TypeError:  # the template adds the content to a string
+            text = str(content)
+        if str(content) in text:  # it knows no parts: placeholders are words of the user
+            tokens = [getattr(self.processor, f"{part['type']}_token") for part in parts]
+            text = self._write("".join(tokens) + question)
+        return text
+
+    def _write(self, content: str | list[dict[str, str]]) -> str:
+        """One turn of the user, by the chat template of the processor or of its tokenizer."""
+        tokenizer = getattr(self.processor, "tokenizer", None)
+        for writer in (self.processor, tokenizer):
+            if getattr(writer, "chat_template", None):
+                text: str = writer.apply_chat_template(
+                    [{"role": "user", "content": content}],
+                    add_generation_prompt=True,
+                    tokenize=False,
+                )
+                return text
+        raise UnsupportedModelError(
+            f"the processor of {self.name} has no chat template, so no prompt can be written; "
+            "use a checkpoint tuned for chat"
         )
-        return dict(_process(self.processor, text=[text], **arguments))
+
+    def _joins(self, media: Media) -> bool:
+        """Whether the media are a video and its sound, which become one run of tokens."""
+        both = media.video is not None and media.audio is not None
+        return both and self.watches and self.adapter.sound_in_video
 
     @property
     def watches(self) -> bool:
@@ -141,11 +178,24 @@ class LoadedModel:
 
     def _media_arguments(self, media: Media) -> tuple[dict[str, Any], list[dict[str, str]]]:
         """What the processor is called with, and the chat's parts."""
-        if media.audio is not None:
-            self._demand("audio")
-            sounds = [one.numpy() for one in self._sounds(media.audio)]
-            arguments = {"audio": sounds, "sampling_rate": SAMPLING_RATE}
-            return arguments, [{"type": "audio"}] * len(sounds)
+        if media.audio is None:
+            return self._seen(media)
+        self._demand("audio")
+        arguments, parts = self._seen(media) if len(media.frames) else ({}, [])
+        arguments["sampling_rate"] = SAMPLING_RATE
+        if self._joins(media):
+            arguments |= {
+                "audio": [_audible(media.audio).numpy()],
+                "audio_from_video_indices": [0],
+                "load_audio_from_video": True,
+                "truncation": False,  # or the track would end with the processor's longest sound
+            }
+            return arguments, parts
+        sounds = [one.numpy() for one in self._sounds(media.audio)]
+        return arguments | {"audio": sounds}, [*parts, *[{"type": "audio"}] * len(sounds)]
+
+    def _seen(self, media: Media) -> tuple[dict[str, Any], list[dict[str, str]]]:
+        """The same for what is seen of the media."""
         if media.video is not None and self.watches:
             metadata = media.video.metadata
             arguments = {
@@ -161,14 +211,27 @@ class LoadedModel:
         return {"images": pictures}, [{"type": "image"}] * len(pictures)
 
     def _sounds(self, audio: Tensor) -> list[Tensor]:
-        """A sound in pieces that the processor takes whole: it would cut off what is beyond."""
-        longest = getattr(self.processor.feature_extractor, "n_samples", None) or len(audio)
-        pieces = list(torch.split(audio, longest))
-        # A few samples make no token.
-        missing = SHORTEST_SOUND - len(pieces[-1])
-        if missing > 0:
-            pieces[-1] = torch.nn.functional.pad(pieces[-1], (0, missing))
-        return pieces
+        """A sound in pieces that the processor takes whole: it would cut off what is beyond.
+
+        Raises:
+            MediaError: It is too long for a processor that takes one sound a prompt.
+        """
+        seconds = getattr(self.processor, "max_audio_len", None)
+        if seconds is not None and len(audio) > seconds * SAMPLING_RATE:
+            raise MediaError(
+                f"the sound lasts {len(audio) / SAMPLING_RATE:.0f} seconds, and {self.name} hears "
+                f"at most {seconds}; give a shorter file, or choose another --model"
+            )
+        pieces = list(torch.split(audio, self._longest_sound() or len(audio)))
+        return [*pieces[:-1], _audible(pieces[-1])]
+
+    def _longest_sound(self) -> int | None:
+        """Samples beyond which the processor would cut a sound off; None if it does not."""
+        own = getattr(self.processor, "audio_kwargs", {})  # settings of its class
+        if hasattr(self.processor, "max_audio_len") or not own.get("truncation", True):
+            return None
+        extractor = getattr(self.processor, "feature_extractor", None)
+        return getattr(extractor, "n_samples", None)
 
     def _demand(self, modality: str) -> None:
         has = self.adapter.modalities
@@ -216,7 +279,7 @@ def load_model(
     with _reading(name):
         config = _served_config(transformers.AutoConfig.from_pretrained(path), name)
         processor = transformers.AutoProcessor.from_pretrained(path)
-        model, found = transformers.AutoModelForMultimodalLM.from_pretrained(
+        model, found = auto_class(config).from_pretrained(
             path,
             config=config,
             dtype=dtype or "auto",
@@ -250,8 +313,15 @@ def load_outline(name: str | None = None, *, device: str | None = None) -> Loade
         dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
         dtype = _default_dtype(dtype, device or _default_device())
         with torch.device("meta"):
-            model = transformers.AutoModelForMultimodalLM.from_config(config, dtype=dtype)
+            model = auto_class(config).from_config(config, dtype=dtype)
     return LoadedModel(model.eval(), processor, name)
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class of transformers that makes a model of this config which generates."""
+    # Some models that hear are not on the list of multimodal ones; lists have no public names.
+    heard = type(config) in transformers.AutoModelForSeq2SeqLM._model_mapping
+    return transformers.AutoModelForSeq2SeqLM if heard else transformers.AutoModelForMultimodalLM
 
 
 def _default_device() -> str:
@@ -313,6 +383,7 @@ def read_media(
     *,
     frames: int | None = None,
     fps: float | None = None,
+    sound: bool = True,
     reader: Callable[..., Video] = read_video,
 ) -> Media:
     """Read a file as the model can use it: frames of a video, an image, or a sound.
@@ -322,6 +393,7 @@ def read_media(
         loaded: The model.
         frames: How many frames of a video, evenly spread; 64 if `fps` is not given either.
         fps: Frames per second of a video.
+        sound: Whether a model that both sees and hears is given a video's sound track as well.
         reader: What reads videos, with the arguments `frames`, `fps` and `size` of `read_video`.
 
     Raises:
@@ -342,11 +414,20 @@ def read_media(
         if not hears:
             raise
         return Media(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), audio=_sound(path))
-    return Media(video.frames, video=video, sized=size is not None)
+    track = None
+    if hears and sound and video.info.has_audio:
+        track = _sound(path, video.info.start_seconds)
+    audio = track if track is not None and len(track) else None
+    return Media(video.frames, video=video, audio=audio, sized=size is not None)
 
 
-def _sound(path: str | Path) -> Tensor:
-    return read_audio(path, sampling_rate=SAMPLING_RATE)
+def _sound(path: str | Path, start_seconds: float | None = None) -> Tensor:
+    return read_audio(path, sampling_rate=SAMPLING_RATE, start_seconds=start_seconds)
+
+
+def _audible(sound: Tensor) -> Tensor:
+    """A sound with silence after it if it is too short to make a token."""
+    return torch.nn.functional.pad(sound, (0, max(0, SHORTEST_SOUND - len(sound))))
 
 
 def _image(path: Path) -> Tensor | None:

@@ -41,7 +41,7 @@ def _taking(part: str) -> list[str]:
 
 SEEING = _taking("image_processor")
 WATCHING = _taking("video_processor")
-HEARING = _taking("feature_extractor")
+HEARING = sorted({*_taking("feature_extractor"), *_taking("audio_processor")})
 
 
 def save_checkpoint(name: str, folder: str | Path) -> Path:

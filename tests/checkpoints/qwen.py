@@ -115,6 +115,7 @@ def _qwen2_5_omni() -> Any:
 def _save_omni(thinker: Any, folder: Path) -> None:
     """Save a thinker the way it is released: as a part of a model that also speaks."""
     omni = transformers.models.qwen2_5_omni.configuration_qwen2_5_omni
+    thinker.config.seconds_per_chunk = 2  # as its processor takes for granted
     thinker.save_pretrained(folder)
     omni.Qwen2_5OmniConfig(thinker_config=thinker.config.to_dict()).save_pretrained(folder)
     weights = {f"thinker.{key}": one.contiguous() for key, one in thinker.state_dict().items()}
