@@ -15,7 +15,13 @@ from safetensors.torch import load_file, save_file
 import tokenprune.loading
 from tokenprune.answering import answer, ask, default_recipe
 from tokenprune.engine import prune
-from tokenprune.errors import MediaError, RecipeError, TokenPruneError, UnsupportedModelError
+from tokenprune.errors import (
+    MediaError,
+    MissingExtraError,
+    RecipeError,
+    TokenPruneError,
+    UnsupportedModelError,
+)
 from tokenprune.loading import LoadedModel, Media, frame_size, load_model, read_media
 
 
@@ -68,7 +74,8 @@ def test_a_thinker_on_its_own_loads(loaded, tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in one.model.state_dict().items())
 
 
-def absent(*args, **kwargs):
+def test_a_missing_package_fails(copy, monkeypatch):
+    def absent(*args, **kwargs):
         raise ImportError("\nSomeTower requires the timm library. Do so with pip:\n`x`")
 
     monkeypatch.setattr(tokenprune.loading.transformers.AutoProcessor, "from_pretrained", absent)

@@ -127,8 +127,8 @@ class LoadedModel:
 
     def _write(self, content: str | list[dict[str, str]]) -> str:
         """One turn of the user, by the chat template of the processor or of its tokenizer."""
-        tokenizer = getattr(self.processor, "tokenizer", None)
-        for writer in (self.processor, tokenizer):
+        writers: list[Any] = [self.processor, getattr(self.processor, "tokenizer", None)]
+        for writer in writers:
             if getattr(writer, "chat_template", None):
                 text: str = writer.apply_chat_template(
                     [{"role": "user", "content": content}],
