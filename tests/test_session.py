@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import tokenprune
 from tokenprune import Session, prune
 from tokenprune.errors import MediaError, RecipeError, TokenPruneError, UnsupportedModelError
+from tokenprune.eval.mini.sample import write_sample
 from tokenprune.loading import load_model, read_media
 from tokenprune.media import read_video
 from tokenprune.stage import ModelShape
@@ -387,6 +390,33 @@ def test_a_place_that_cannot_be_written_fails(name, session, files, tmp_path):
     session.watch(files.video, frames=4)
     with pytest.raises(MediaError, match=r"\.safetensors|a folder that exists"):
         session.save(tmp_path / name)
+
+
+def test_the_mini_model_answers_in_another_process(tmp_path):
+    questions = write_sample(tmp_path / "sample.mp4", seconds=16, seed=3)[:4]
+    one = load_model("mini-video", device="cpu")
+    with Session(one.model, one.processor, "uniform(keep=0.6)", name="mini-video") as session:
+        session.watch(tmp_path / "sample.mp4", frames=24)
+        session.save(tmp_path / "kept.safetensors")
+        here = [session.ask(each["question"]).answer for each in questions]
+        tokens = session.media_tokens
+    script = (
+        "import json, sys\n"
+        "from tokenprune import Session\n"
+        "from tokenprune.loading import load_model\n"
+        "path, *questions = sys.argv[1:]\n"
+        "one = load_model('mini-video', device='cpu')\n"
+        "with Session.load(path, one.model, one.processor) as session:\n"
+        "    print(json.dumps([session.ask(each).answer for each in questions]))\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "kept.safetensors")]
+    command += [each["question"] for each in questions]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert json.loads(ran.stdout) == here
+    assert tokens["after"] < 0.7 * tokens["before"]
+    # It was trained on such videos; by chance it would hardly name one right.
+    assert sum(a == each["answer"] for a, each in zip(here, questions, strict=True)) >= 2
 
 
 # -- the command line

@@ -83,14 +83,14 @@ def watched(checkpoint: Callable[[str], Path], files: Any) -> Iterator[Callable[
     @cache
     def run(name: str) -> Watched:
         loaded = load_model(str(checkpoint(name)), device="cpu")
-        media = read_media(files.video, loaded, frames=FRAMES)
+        media = read_media(files.silent, loaded, frames=FRAMES)
         inputs = loaded.encode(media, QUESTION)
         one = Tiny(
             name, loaded.model, loaded.model.generation_config.suppress_tokens, lambda *_: {}
         )
         with positions_logged(loaded.model.get_decoder()) as log:
             output = generate(one, inputs)
-        return Watched(loaded, files.video, inputs, output, log.whole())
+        return Watched(loaded, files.silent, inputs, output, log.whole())
 
     yield run
     run.cache_clear()
@@ -293,7 +293,7 @@ def test_processors_that_need_the_whole_video_are_refused(
     loaded = load_model(str(checkpoint(name)), device="cpu")
     session = Session(loaded.model, loaded.processor, "none", group=4)
     with pytest.raises(UnsupportedModelError, match="writes groups of frames otherwise"):
-        session.watch(files.video, frames=FRAMES)
+        session.watch(files.silent, frames=FRAMES)
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
