@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from tokenprune.eval.mini.language import (
     loss_of,
     thin,
 )
+from tokenprune.eval.mini.tower import busy_seconds
 from tokenprune.eval.mini.world import stream
 
 __all__ = ["JOINT", "STAGES", "Progress", "Stage", "evaluate", "train_language"]
@@ -146,7 +146,7 @@ def train_language(
     Args:
         mini: What is trained, in place.
         source: Where frame features come from.
-        minutes: How long to train in all; the learning rate falls with it.
+        minutes: How long to train in all, in `busy_seconds`; the learning rate falls with it.
         seed: Of the videos.
         checkpoint: Written at each evaluation.
         peak: The highest learning rate.
@@ -171,7 +171,7 @@ def train_language(
         progress = Progress(**saved["progress"])
         logger.info("continue at %s", progress)
     rng = stream("train", 2, seed, progress.step)
-    clock, running, running_aside = time.time(), 0.0, 0.0
+    clock, running, running_aside = busy_seconds(), 0.0, 0.0
     while progress.seconds < 60 * minutes and progress.stage < len(stages):
         stage = stages[progress.stage]
         frames = draw_length(rng, stage)
@@ -205,7 +205,8 @@ def train_language(
         heads_optimizer.zero_grad()
         running_aside = 0.97 * running_aside + 0.03 * aside
         running = loss if running == 0 else 0.97 * running + 0.03 * loss
-        passed, clock = time.time() - clock, time.time()
+        now = busy_seconds()
+        passed, clock = now - clock, now
         progress.seconds += passed
         progress.stage_seconds += passed
         if progress.step % (50) == 0:
