@@ -19,6 +19,7 @@ from tokenprune.adapter import Adapter, adapter_for, list_models
 from tokenprune.errors import (
     DecodeError,
     MediaError,
+    MissingExtraError,
     NoVideoStreamError,
     TokenPruneError,
     UnsupportedModelError,
@@ -272,6 +273,7 @@ def load_model(
     Raises:
         UnsupportedModelError: No adapter serves its type.
         TokenPruneError: It cannot be found or read.
+        MissingExtraError: It rests on a package that is not installed.
     """
     name = name or DEFAULT_MODEL
     path = _find(name)
@@ -340,6 +342,10 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except TokenPruneError:
         raise
+    except ImportError as error:  # some towers and processors rest on packages of their own
+        raise MissingExtraError(
+            f"cannot load model {name!r}: {_first_line(error).rstrip(':')}; install that package"
+        ) from error
     except Exception as error:  # broken files raise whatever their readers raise
         raise _cannot_load(name, _first_line(error)) from error
 
