@@ -311,8 +311,8 @@ class Adapter(ABC):
             return repeats
         raise UnsupportedModelError(
             f"the prompt holds {placeholders} {modality} placeholders, but {encoded} {modality} "
-            "tokens were encoded; let the model's processor expand the placeholders, and give "
-            "media as pixels or sound, not as features"
+            "tokens were encoded; let the model's processor expand the placeholders, give media as "
+            "pixels or sound, not as features, and all in one prefill (prefill_chunk_size=None)"
         )
 
     def _take(self, where: Tensor, queue: list[_Queued]) -> list[_Placed]:

@@ -320,7 +320,9 @@ class Patch:
         self._prompt = {**kwargs, "input_ids": ids}
 
     def _before_lm(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        kwargs = {**self._signature.bind_partial(*args).arguments, **kwargs}
+        # (Binding is not for compilers.)
+        named = self._signature.bind_partial(*args).arguments if args else {}
+        kwargs = {**named, **kwargs}
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self._lm.config, "use_cache", True)
@@ -461,7 +463,8 @@ class Patch:
             finished = Mark(self._lm)
             if self._prefill is not None:
                 self._finish_prefill(finished)
-            elif self._flight is not None:
+            # Counting steps would compile each of them anew, and a graph knows no time.
+            elif self._flight is not None and not torch.compiler.is_compiling():
                 self.report.step(self._started, finished)
         if self._clock is not None:
             self._clock.rows = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -215,13 +216,16 @@ class Report:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds for "encode" and "prefill", and the mean "per_token" of decoding."""
+        """Seconds for "encode" and "prefill", and the mean "per_token" of decoding.
+
+        What ran compiled is not timed.
+        """
         found = {"encode": sum(b.seconds_since(a) for a, b in self._encoding)}
         if self._prefill is not None:
             found["prefill"] = self._prefill[1].seconds_since(self._prefill[0])
         if self._steps:
             found["per_token"] = self._steps[-1][1].seconds_since(self._steps[0][0]) / self._count
-        return found
+        return {name: value for name, value in found.items() if not math.isnan(value)}
 
     @property
     def turn_seconds(self) -> dict[str, float]:

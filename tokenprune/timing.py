@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -11,10 +12,13 @@ __all__ = ["Mark"]
 
 
 class Mark:
-    """A moment in the work of a module's device."""
+    """A moment in the work of a module's device; of none, where a forward is traced to compile."""
 
     def __init__(self, module: nn.Module) -> None:
         self._event: torch.cuda.Event | None = None
+        if torch.compiler.is_compiling():
+            self._seconds = math.nan  # asking for the time would break the graph
+            return
         self._seconds = time.perf_counter()
         parameter = next(module.parameters(), None)
         if parameter is not None and parameter.device.type == "cuda":
@@ -22,7 +26,7 @@ class Mark:
             self._event.record(torch.cuda.current_stream(parameter.device))
 
     def seconds_since(self, earlier: Mark) -> float:
-        """Seconds between two moments; waits for the later one."""
+        """Seconds between two moments, nan if one is of no time; waits for the later one."""
         if self._event is None or earlier._event is None:
             return self._seconds - earlier._seconds
         self._event.synchronize()
