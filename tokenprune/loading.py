@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import inspect
+import io
+import wave
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,6 +104,8 @@ class LoadedModel:
             TokenPruneError: As `encode`.
         """
         check_question(question)
+        if media.audio is not None and not _takes_audio(self.processor):
+            return self._tell(media.audio, question)
         arguments, parts = self._media_arguments(media)
         text = self.prompt(parts, question)
         inputs = dict(_process(self.processor, text=[text], **arguments))
@@ -141,6 +147,15 @@ class LoadedModel:
             f"the processor of {self.name} has no chat template, so no prompt can be written; "
             "use a checkpoint tuned for chat"
         )
+
+    def _tell(self, audio: Tensor, question: str) -> dict[str, Any]:
+        """Inputs by a processor that takes sound only as a file within the chat."""
+        self._demand("audio")
+        content = [
+            {"type": "audio", "base64": _wave_file(_audible(audio))},
+            {"type": "text", "text": question},
+        ]
+        return dict(self.processor.apply_chat_template([{"role": "user", "content": content}]))
 
     def _joins(self, media: Media) -> bool:
         """Whether the media are a video and its sound, which become one run of tokens."""
@@ -434,6 +449,23 @@ def _sound(path: str | Path, start_seconds: float | None = None) -> Tensor:
 def _audible(sound: Tensor) -> Tensor:
     """A sound with silence after it if it is too short to make a token."""
     return torch.nn.functional.pad(sound, (0, max(0, SHORTEST_SOUND - len(sound))))
+
+
+def _takes_audio(processor: Any) -> bool:
+    """Whether sound may be given beside a text that has its placeholders."""
+    return "audio" in inspect.signature(type(processor).__call__).parameters
+
+
+def _wave_file(sound: Tensor) -> str:
+    """A sound as a WAV file of 16 bits a sample, in base64."""
+    samples = (sound.clamp(-1, 1) * 32767).round().to(torch.int16)
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLING_RATE)
+        file.writeframes(samples.numpy().astype("<i2").tobytes())
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _image(path: Path) -> Tensor | None:

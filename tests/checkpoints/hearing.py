@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import json
+import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +94,44 @@ def _qwen3_omni_moe() -> Any:
     )
 
 
+TEKKEN_SPECIAL = 40
+"""Special tokens of the tokenizer below; those of its bytes follow."""
+
+
+def _voxtral() -> Any:
+    """Its tokenizer is one of mistral-common, and writes the prompt: 24 stands for sound."""
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+    config = {
+        "pattern": "[\\s\\S]",
+        "num_vocab_tokens": 256,
+        "default_vocab_size": TEKKEN_SPECIAL + 256,
+        "default_num_special_tokens": TEKKEN_SPECIAL,
+        "version": "v7",
+    }
+    vocabulary = [
+        {"rank": n, "token_bytes": base64.b64encode(bytes([n])).decode(), "token_str": None}
+        for n in range(256)
+    ]
+    sounds = {
+        "sampling_rate": 16_000,
+        "frame_rate": 12.5,
+        "audio_encoding_config": {"num_mel_bins": 16, "hop_length": 160, "window_size": 400},
+        "chunk_length_s": 30.0,
+    }
+    names = {one["rank"]: one["token_str"] for one in Tekkenizer.DEPRECATED_SPECIAL_TOKENS}
+    names |= {24: "[AUDIO]", 25: "[BEGIN_AUDIO]", 34: "[TRANSCRIBE]"}
+    special = [
+        {"rank": rank, "token_str": names.get(rank, f"<SPECIAL_{rank}>"), "is_control": True}
+        for rank in range(TEKKEN_SPECIAL)
+    ]
+    tekken = {"config": config, "vocab": vocabulary, "special_tokens": special, "audio": sounds}
+    path = Path(tempfile.mkdtemp()) / "tekken.json"
+    path.write_text(json.dumps(tekken))
+    words = transformers.MistralCommonBackend(path)
+    return transformers.VoxtralProcessor(feature_extractor=ear(30), tokenizer=words)
+
+
 def _resized(change: Callable[[Any], None]) -> Saver:
     """Save a model of other sizes, which its processor is bound to."""
 
@@ -115,6 +157,17 @@ def _tiles_of_448(config: Any) -> None:
     config.vision_config.image_size = config.vision_config.crop_size = 448
 
 
+def _voxtral_sizes(config: Any) -> None:
+    _windows_of_30_seconds(config)
+    config.audio_token_id = 24
+    config.text_config.vocab_size = TEKKEN_SPECIAL + 256
+
+
+def _save_voxtral(model: Any, folder: Path) -> None:
+    model.generation_config.suppress_tokens = list(range(TEKKEN_SPECIAL))
+    _resized(_voxtral_sizes)(model, folder)
+
+
 def _save_qwen3_omni(thinker: Any, folder: Path) -> None:
     """Save a thinker the way it is released: as a part of a model that also speaks."""
     omni = transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe
@@ -135,4 +188,7 @@ SAVERS: dict[str, Saver] = {
     "granite_speech": _resized(_two_by_80_mels),
     "phi4_multimodal": _resized(_tiles_of_448),
     "qwen3_omni_moe": _save_qwen3_omni,
+    "voxtral": _save_voxtral,
 }
+if find_spec("mistral_common") is not None:
+    CHECKPOINTS["voxtral"] = _voxtral
