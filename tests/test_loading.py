@@ -358,13 +358,16 @@ def test_bad_questions_fail(loaded, files):
 def test_prompts_without_a_place_for_the_file_fail(loaded, files):
     one = loaded("qwen2_vl")
     media = read_media(files.image, one)
-    template = one.processor.chat_template
+    writers = (one.processor, one.processor.tokenizer)  # either may hold the template
+    templates = [writer.chat_template for writer in writers]
     try:
         one.processor.chat_template = "{{ messages[0]['content'][-1]['text'] }}"
         with pytest.raises((MediaError, UnsupportedModelError), match="without a place|refuses"):
             answer(one, media, "what?", default_recipe(one), 1)
-        one.processor.chat_template = None
+        for writer in writers:
+            writer.chat_template = None
         with pytest.raises(UnsupportedModelError, match="has no chat template"):
             answer(one, media, "what?", default_recipe(one), 1)
     finally:
-        one.processor.chat_template = template
+        for writer, template in zip(writers, templates, strict=True):
+            writer.chat_template = template

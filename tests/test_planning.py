@@ -45,6 +45,9 @@ def test_ask_reports_what_was_planned(name, kind, checkpoint, command, files):
     options = ["--model", checkpoint(name), "--json"]
     options += ["--frames", 5] if kind == "video" else []
     for recipe in FIXED[kind]:
+        if kind == "video" and name in ("qwen2_5_omni", "qwen3_omni_moe"):
+            # The sound track is an item of its own: a forecast does not tell which was pruned.
+            recipe = recipe.replace(" per=item", "")
         arguments = getattr(files, kind), *options, "--recipe", recipe
         planned = json.loads(command("plan", *arguments, "--question", "what is it?").out)
         asked = command("ask", arguments[0], "what is it?", *arguments[1:], "--max-new-tokens", 1)

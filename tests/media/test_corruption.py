@@ -202,7 +202,7 @@ def test_a_still_picture_is_a_video_of_one_frame(form, tmp_path):
     assert [read_number(frame) for frame in video.frames.numpy()] == [77]
 
 
-def test_a_file_cut_within_its_pictures_gives_the_leading_ones(made, tmp_path):
+def test_a_file_cut_within_its_pictures_gives_those_before_the_cut(made, tmp_path):
     """Its table, at the front, promises more: those frames are substitutes, and counted."""
     clip = made("h264_table_first")
     content = clip.path.read_bytes()
@@ -212,6 +212,7 @@ def test_a_file_cut_within_its_pictures_gives_the_leading_ones(made, tmp_path):
     video = read_video(path, frames=1000)
 
     seen = [read_number(frame) for frame in video.frames.numpy()]
-    sound = [n for n, bad in zip(seen, video.substituted.tolist(), strict=True) if not bad]
-    assert sound == list(range(len(sound))) and 30 < len(sound) < 72
+    # A picture is coded before those that lean on it from its past, so they may be lost alone.
+    whole = [rank for rank, bad in enumerate(video.substituted.tolist()) if not bad]
+    assert [seen[rank] for rank in whole] == whole and 30 < len(whole) < 72
     assert all(0 <= number <= rank for rank, number in enumerate(seen))
