@@ -13,6 +13,7 @@ from tests.media.clips import KINDS, Clip, read_number
 from tests.media.corpus import CORPUS
 from tokenprune.errors import MediaError
 from tokenprune.media import read_video, stream_video
+from tokenprune.media.files import packets_of
 
 pytestmark = pytest.mark.timeout(120)  # a reader that waits for ever fails
 
@@ -191,6 +192,40 @@ def test_a_file_without_a_frame_is_refused(form, tmp_path):
         container.start_encoding()
     with pytest.raises(MediaError, match=r"none\.\w+' (has|as|is empty)"):
         read_video(path)
+
+
+def test_streams_that_appear_midway_are_passed_over(tmp_path):
+    """A transport stream goes on with more tracks than its first part has."""
+    options = clips.x264("keyint=12:bframes=2")
+    first = clips.encode(tmp_path / "a.ts", numbers=range(30), options=options)
+    content = first.path.read_bytes()
+    for number in range(1, 5):
+        renamed = {"mpegts_start_pid": str(256 + 16 * number), "output_ts_offset": str(number)}
+        part = clips.encode(
+            tmp_path / f"{number}.ts", numbers=range(30), options=options, mux=renamed
+        )
+        content += part.path.read_bytes()
+    path = tmp_path / "grown.ts"
+    path.write_bytes(content)
+
+    video = read_video(path, frames=1000)
+
+    assert [read_number(frame) for frame in video.frames.numpy()][:30] == list(range(30))
+    assert video.substituted.sum() == 0
+
+
+def test_the_end_of_a_file_that_grew_streams():
+    """PyAV then looks for streams that it does not know, once all packets are out."""
+
+    class Packet:
+        size = 5
+
+    class Grown:
+        def demux(self, stream):
+            yield from (Packet(), Packet())
+            raise IndexError("list index out of range")
+
+    assert len(list(packets_of(Grown(), None))) == 2
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP", "WEBP"])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenprune.errors import DecodeError, MediaError
-from tokenprune.media.files import open_media
+from tokenprune.media.files import open_media, packets_of
 
 Samples = NDArray[np.float32]
 
@@ -139,9 +139,9 @@ def _mono(resampler: Any, frame: Any) -> list[Samples]:
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
     """Decoded sound, damaged packets left out."""
     try:
-        for packet in container.demux(stream):
+        for packet in chain(packets_of(container, stream), [None]):  # None: what is held back
             try:
-                yield from stream.codec_context.decode(packet if packet.size else None)
+                yield from stream.codec_context.decode(packet)
             except av.error.FFmpegError:
                 continue
     except av.error.FFmpegError:  # the file ends early: what came before is good

@@ -8,7 +8,7 @@ import av
 import numpy as np
 
 from tokenprune.errors import DecodeError
-from tokenprune.media.files import open_media, video_stream
+from tokenprune.media.files import open_media, packets_of, video_stream
 from tokenprune.media.index import JOINABLE, NO_TIME, PacketIndex
 from tokenprune.media.refresh import is_gradual
 
@@ -97,7 +97,7 @@ class PacketReader:
             self._container.seek(int(times[target]), stream=self._stream)
         except av.error.FFmpegError:
             return False
-        self._packets = self._container.demux(self._stream)
+        self._packets = packets_of(self._container, self._stream)
         self._pushed_back = None
         self._sought = True
         for _ in range(LANDING_PACKETS):
@@ -138,7 +138,7 @@ class PacketReader:
             packet, self._pushed_back = self._pushed_back, None
             return packet
         try:
-            packet = next((packet for packet in self._packets if packet.size), None)
+            packet = next(self._packets, None)
         except av.error.FFmpegError:  # where the scan ended, too
             return None
         self.bytes_read += packet.size if packet is not None else 0
@@ -151,7 +151,7 @@ class PacketReader:
     def _open(self) -> None:
         self._container = self._stack.enter_context(open_media(self._index.info.path))
         self._stream = video_stream(self._container)
-        self._packets = self._container.demux(self._stream)
+        self._packets = packets_of(self._container, self._stream)
         self._pushed_back = None
         self._sought = False
         self._at = 0

@@ -68,6 +68,14 @@ def video_stream(container: Any) -> Any:
     raise NoVideoStreamError(f"{container.name!r} has no video stream ({what}); give a video file")
 
 
+def packets_of(container: Any, stream: Any) -> Iterator[Any]:
+    """The packets of a stream from where the file stands to its end."""
+    try:
+        yield from (packet for packet in container.demux(stream) if packet.size)
+    except IndexError:  # PyAV's, at the end, where streams appeared that the file did not announce
+        return
+
+
 def is_hidden(stream: Any, packet: Any) -> bool:
     """Whether a packet is never shown: VP8 stores pictures that only serve others unmarked."""
     return stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10

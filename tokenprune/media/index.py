@@ -14,7 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenprune.errors import DecodeError
-from tokenprune.media.files import geometry, is_hidden, is_skippable, open_media, video_stream
+from tokenprune.media.files import (
+    geometry,
+    is_hidden,
+    is_skippable,
+    open_media,
+    packets_of,
+    video_stream,
+)
 from tokenprune.media.mp4 import SampleTable, sample_table
 from tokenprune.media.refresh import is_gradual
 
@@ -183,11 +190,10 @@ class _Scan:
         """Fill the columns from the file's table; False if its first packets are not the file's."""
         self.scanned = False
         try:
-            for packet in container.demux(self.stream):
-                if packet.size:
-                    self._add(packet)
-                    if self.first_picture is not None or len(self.size) == _LOOKS:
-                        break
+            for packet in packets_of(container, self.stream):
+                self._add(packet)
+                if self.first_picture is not None or len(self.size) == _LOOKS:
+                    break
         except av.error.FFmpegError:
             return False
         seen = len(self.size)
@@ -210,9 +216,8 @@ class _Scan:
     def run(self, container: Any) -> None:
         """Read to the end of the file, or to the point where it cannot be read on."""
         try:
-            for packet in container.demux(self.stream):
-                if packet.size:
-                    self._add(packet)
+            for packet in packets_of(container, self.stream):
+                self._add(packet)
         except av.error.FFmpegError as error:
             self.error = error.strerror
 
