@@ -3,12 +3,16 @@
 from tokenprune.media.audio import read_audio
 from tokenprune.media.index import PacketIndex, VideoInfo, index_video, probe
 from tokenprune.media.loader import register_with_transformers
+from tokenprune.media.message import read_message
 from tokenprune.media.reader import VideoReader, read_video, stream_video
 from tokenprune.media.sample import SizeRule
+from tokenprune.media.size import PixelLimits, ShortestEdge
 from tokenprune.media.video import Timings, Video
 
 __all__ = [
     "PacketIndex",
+    "PixelLimits",
+    "ShortestEdge",
     "SizeRule",
     "Timings",
     "Video",
@@ -17,6 +21,7 @@ __all__ = [
     "index_video",
     "probe",
     "read_audio",
+    "read_message",
     "read_video",
     "register_with_transformers",
     "stream_video",
