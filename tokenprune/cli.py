@@ -196,6 +196,31 @@ def watch_video(
     typer.echo(f"saved: {save}", err=True)
 
 
+@app.command("decode")
+def decode_video(
+    file: Annotated[Path, typer.Argument(help="A video.")],
+    frames: Annotated[int | None, typer.Option(help="Frames, evenly spread [default: 64].")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second, instead.")] = None,
+    start: Annotated[float | None, typer.Option(help="Seconds where to begin.")] = None,
+    end: Annotated[float | None, typer.Option(help="Seconds where to end.")] = None,
+    size: Annotated[str | None, typer.Option(help="Height and width, such as 224x384.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads [default: all cores].")] = None,
+    out: Annotated[Path | None, typer.Option(help="An .npy file, or a folder for PNGs.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Decode frames of a video, and write them."""
+    from tokenprune.media import VideoReader
+    from tokenprune.media.sample import parse_size
+    from tokenprune.media.save import decode_to
+
+    if frames is not None and fps is not None:
+        raise MediaError(f"give --frames or --fps, got both ({frames} and {fps})")
+    wanted = None if size is None else parse_size(size)
+    reader = VideoReader(file, workers=workers)
+    found = decode_to(reader, out, frames=frames, fps=fps, start=start, end=end, size=wanted)
+    typer.echo(json.dumps(found.as_dict()) if as_json else str(found))
+
+
 @app.command()
 def sample(
     out: Annotated[Path, typer.Argument(help="MP4 to write; questions go beside it as JSON.")],

@@ -82,6 +82,18 @@ def resolve_size(
     return int(pair[0]), int(pair[1])
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width from text such as `224x384`.
+
+    Raises:
+        MediaError: it is not of that form.
+    """
+    height, cross, width = text.partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal()):
+        raise MediaError(f"size must be height x width, such as 224x384, got {text!r}")
+    return int(height), int(width)
+
+
 def _by_count(index: PacketIndex, frames: int, begin: float, stop: float) -> Ints:
     shown = _on_screen(index, np.array([begin]))[0]
     first = int(np.searchsorted(index.seconds, index.seconds[shown]))  # others may begin with it
