@@ -6,6 +6,7 @@ import torch
 
 from tests.media.clips import KINDS, decode_sequentially, read_number
 from tokenprune.media import index_video, read_video
+from tokenprune.media.plan import plan_units
 
 COUNTED = {"h264_avi", "h264_raw"}  # no presentation times: decoded from the start
 
@@ -56,6 +57,17 @@ def test_few_frames_cost_few_pictures(kind, clip):
     count = len(clip(kind).numbers)
     video = read_video(clip(kind).path, indices=[count // 3], workers=1)
     assert 1 <= video.pictures_decoded <= count * 2 // 3
+
+
+@pytest.mark.parametrize("kind", ["h264_open_gop", "hevc_open_gop_mkv"])
+def test_cut_units_give_the_same(kind, clip, truth, monkeypatch):
+    """Long units are cut inside open groups; here, wherever they can be."""
+    index = index_video(clip(kind).path)
+    monkeypatch.setattr("tokenprune.media.plan._wanted", lambda *_: 0.0)
+    assert len(plan_units(index, np.arange(72), 2)) > 1 == len(plan_units(index, np.arange(72)))
+    video = read_video(clip(kind).path, frames=72, workers=2)
+    assert np.array_equal(video.frames.numpy(), truth(kind))
+    assert video.damaged == 0
 
 
 def test_pictures_that_serve_no_other_are_skipped(clip):

@@ -70,6 +70,34 @@ def test_no_picture_refers_across_a_break_of_the_clock():
     assert earlier_start(CLOSED, 8, 9) == 0
 
 
+def open_groups(count, length):
+    """An index of open groups: each keyframe is followed by two pictures shown before it."""
+    pts = [0]
+    for group in range(count):
+        first = 1 + group * length
+        pts += [*range(first, first + length - 3)] if group == 0 else []
+        pts += [first + length - 1, first + length - 3, first + length - 2]
+        pts += [*range(first + length, first + 2 * length - 3)] if group + 1 < count else []
+    keyframes = [0] + [n for n in range(1, len(pts) - 1) if pts[n] > pts[n + 1]]
+    return table(pts, keyframes)
+
+
+def test_long_units_are_cut_for_several_workers():
+    index = open_groups(20, 30)
+    everything = np.arange(len(index.pts))
+    assert len(plan_units(index, everything)) == 1  # leading pictures chain all groups
+    shared = plan_units(index, everything, 2)
+
+    assert 6 <= len(shared) <= 16
+    assert np.concatenate([unit.ranks for unit in shared]).tolist() == everything.tolist()
+    assert [unit.row for unit in shared] == [unit.ranks[0] for unit in shared]
+    assert all(unit.first in index.starts for unit in shared)
+    assert all(unit.last >= index.order[unit.ranks].max() for unit in shared)
+    total = sum(unit.size_bytes for unit in shared)
+    assert index.size.sum() < total < 1.1 * index.size.sum()  # little is decoded twice
+    assert max(unit.size_bytes for unit in shared) < 0.3 * total
+
+
 def test_untimed_files_are_read_from_the_start():
     index = table(range(100), [0, 50], timed=False)
     assert units(index, [60]) == [(0, 99, 0, [60])]
