@@ -51,6 +51,10 @@ class PictureDecoder:
         self._context = video_stream(container).codec_context
         self._context.thread_type = "FRAME" if threads > 1 else "NONE"
         self._context.thread_count = threads
+        if threads > 1:
+            # A thread may hand out a picture before the thread that decodes it has marked it as
+            # damaged. Errors come in order, so let damage be one.
+            self._context.options = {"err_detect": "crccheck+explode"}
         self._delay = threads - 1
         self.pictures = 0  # that came out of the decoder so far
 
