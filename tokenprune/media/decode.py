@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import DecodeError, MediaError
+from tokenprune.media.effort import Span
 from tokenprune.media.index import Ints, PacketIndex
 from tokenprune.media.plan import Unit, plan_units
 from tokenprune.media.process import ProcessWorker
@@ -31,12 +32,14 @@ class Group:
         first: number of its first frame among those asked for.
         substituted: `[G]` bool, True where a damaged frame was replaced by the nearest earlier one.
         wait_seconds: time the caller waited for it.
+        effort: when workers were at it, by `time.perf_counter`; empty where that is not told.
     """
 
     frames: Tensor
     first: int
     substituted: Tensor
     wait_seconds: float
+    effort: tuple[Span, ...] = ()
 
 
 class FrameDecoder:
@@ -132,7 +135,8 @@ class FrameDecoder:
         for number, first in enumerate(self._bounds[:-1].tolist()):
             begin = time.perf_counter()
             frames, substituted = self._take(number)
-            yield Group(frames, first, substituted, time.perf_counter() - begin)
+            waited = time.perf_counter() - begin
+            yield Group(frames, first, substituted, waited, self._rows.effort(number))
 
     def _take(self, number: int) -> tuple[Tensor, Tensor]:
         try:
@@ -154,7 +158,8 @@ class FrameDecoder:
             worker = self._worker(number)
             try:
                 while (unit := self._next_unit()) is not None:
-                    worker.decode(unit)
+                    with self._rows.at_work():
+                        worker.decode(unit)
             finally:
                 worker.close()
         except Stopped:

@@ -148,7 +148,7 @@ class VideoReader:
             info=video.info,
             substituted=video.substituted[back],
             pictures_decoded=video.pictures_decoded,
-            timings=Timings(self.index_seconds, time.perf_counter() - begin),
+            timings=Timings(self.index_seconds, time.perf_counter() - begin, video.timings.effort),
             bytes_read=video.bytes_read,
         )
 
@@ -237,7 +237,9 @@ class VideoReader:
             info=self.info,
             substituted=part.substituted,
             pictures_decoded=decoder.pictures_decoded,
-            timings=Timings(0.0 if part.first else self.index_seconds, part.wait_seconds),
+            timings=Timings(
+                0.0 if part.first else self.index_seconds, part.wait_seconds, part.effort
+            ),
             bytes_read=decoder.bytes_read,
         )
 

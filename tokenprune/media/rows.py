@@ -5,12 +5,14 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenprune.media.effort import Effort, Span
 from tokenprune.media.index import Bools, Ints
 
 Picture = NDArray[np.uint8]  # one, `[3, H, W]`, or several
@@ -105,6 +107,7 @@ class Rows:
         self._change = threading.Condition()
         self._blocks: dict[int, Picture] = {}
         self._left = np.diff(bounds)
+        self._effort = Effort(len(self._left))
         self._substituted: set[int] = set()
         self._taken = 0  # rows
         self._error: BaseException | None = None
@@ -131,8 +134,28 @@ class Rows:
             Stopped: nothing is to be written any more.
         """
         with self._change:
-            self._change.wait_for(lambda: row < self.limit or self._is_over)
+            if row >= self.limit:  # who waits does not work
+                self._effort.note(self._group(row))
+                self._effort.end()
+                self._change.wait_for(lambda: row < self.limit or self._is_over)
+                self._effort.begin()
         self.check()
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Within, the time of this thread counts as work on the rows that it stores."""
+        with self._change:
+            self._effort.begin()
+        try:
+            yield
+        finally:
+            with self._change:
+                self._effort.end()
+
+    def effort(self, number: int) -> tuple[Span, ...]:
+        """When workers were at a group: `time.perf_counter` where each stretch began and ended."""
+        with self._change:
+            return self._effort.spans(number)
 
     def offer(self, row: int, *, waits: bool) -> Picture | None:
         """See `RowSink`."""
@@ -154,8 +177,10 @@ class Rows:
         with self._change:
             if is_substitute:
                 self._substituted.add(row)
-            self._left[self._group(row)] -= 1
-            if self._left[self._group(row)] == 0:
+            number = self._group(row)
+            self._effort.note(number)
+            self._left[number] -= 1
+            if self._left[number] == 0:
                 self._change.notify_all()
 
     def fail(self, error: BaseException) -> None:

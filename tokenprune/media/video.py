@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from tokenprune.errors import MediaError
+from tokenprune.media.effort import Span
 from tokenprune.media.index import VideoInfo
 
 if TYPE_CHECKING:
@@ -19,10 +20,13 @@ class Timings:
     Attributes:
         index_seconds: finding out which packet is where.
         decode_seconds: decoding and resizing; in a stream, the time waited for the group.
+        effort: when workers decoded and resized it: `time.perf_counter` where each stretch of work
+            began and ended. Those of several workers overlap. Empty with another backend.
     """
 
     index_seconds: float
     decode_seconds: float
+    effort: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -94,6 +94,7 @@ class UnitDecoder:
             if place is None:
                 return False
             self._resize(picture, place)
+            self._count()  # before the caller, given the last row, asks
             self._rows.stored(row, is_substitute)
             due = min(due + is_next, len(rows) - 1)
             return True
