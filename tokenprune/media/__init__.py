@@ -1,6 +1,7 @@
 """Reading video and sound: exact frames, decoded in parallel, only where they are wanted."""
 
 from tokenprune.media.audio import read_audio
+from tokenprune.media.features import log_mel, resample
 from tokenprune.media.index import PacketIndex, VideoInfo, index_video, probe
 from tokenprune.media.loader import register_with_transformers
 from tokenprune.media.message import read_message
@@ -19,10 +20,12 @@ __all__ = [
     "VideoInfo",
     "VideoReader",
     "index_video",
+    "log_mel",
     "probe",
     "read_audio",
     "read_message",
     "read_video",
     "register_with_transformers",
+    "resample",
     "stream_video",
 ]
