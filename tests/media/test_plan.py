@@ -107,14 +107,53 @@ def test_a_file_may_begin_without_keyframe():
     assert units(table([0, 1, 2, 3], [2]), [1, 3]) == [(0, 1, 0, [1]), (2, 3, 1, [3])]
 
 
-def test_cpu_limit(monkeypatch):
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 8),
+        ({"/sys/fs/cgroup/cpu.max": "150000 100000"}, 2),
+        ({"/sys/fs/cgroup/cpu.max": "max 100000"}, 8),
+        ({"/sys/fs/cgroup/cpu.max": "50000 100000"}, 1),
+        ({"/sys/fs/cgroup/cpu.max": "1600000 100000"}, 8),  # more than there are
+        ({"/proc/self/cgroup": "0::/a/b\n", "/sys/fs/cgroup/a/b/cpu.max": "300000 100000"}, 3),
+        (
+            {
+                "/proc/self/cgroup": "0::/a/b\n",
+                "/sys/fs/cgroup/a/b/cpu.max": "300000 100000",
+                "/sys/fs/cgroup/a/cpu.max": "200000 100000",
+            },
+            2,
+        ),
+        (
+            {
+                "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "400000",
+                "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+            },
+            4,
+        ),
+        (
+            {
+                "/proc/self/cgroup": "3:memory:/m\n2:cpu,cpuacct:/x\n",
+                "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
+                "/sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "250000",
+                "/sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000",
+            },
+            3,
+        ),
+    ],
+)
+def test_cpu_limit(files, expected, monkeypatch):
+    def read(path):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
     assert 1 <= cpu_limit() <= 1 << 16
     assert worker_count(3) == 3
-    for text, expected in {"150000 100000": 2, "max 100000": 4, "50000 100000": 1}.items():
-        monkeypatch.setattr(Path, "read_text", lambda _, text=text: text)
-        monkeypatch.setattr(plan.os, "sched_getaffinity", lambda _: range(4), raising=False)
-        monkeypatch.setattr(plan.os, "cpu_count", lambda: 4)
-        assert worker_count(None) == expected
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(plan.os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setattr(plan.os, "cpu_count", lambda: 8)
+    assert worker_count(None) == expected
 
 
 class LateSeeks:

@@ -6,6 +6,7 @@ runs are never fed to a decoder.
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,22 +137,39 @@ def cpu_limit() -> int:
 
 
 def _quota() -> int:
-    """Cores granted by the control group (versions 2 and 1), rounded up."""
-    for read in (_quota_v2, _quota_v1):
-        try:
-            return max(1, math.ceil(read()))
-        except (OSError, ValueError):
-            continue
-    return 1 << 16
+    """Cores granted by the control groups (versions 2 and 1) we are in, rounded up."""
+    granted = [1 << 16]
+    for folder in _control_groups():
+        for read in (_quota_v2, _quota_v1):
+            try:
+                granted.append(max(1, math.ceil(read(folder))))
+            except (OSError, ValueError):
+                continue
+    return min(granted)
 
 
-def _quota_v2() -> float:
-    quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+def _control_groups() -> Iterator[Path]:
+    """Their folders, with those of all groups above them; in a container only its own is seen."""
+    root = Path("/sys/fs/cgroup")
+    yield from (root, root / "cpu")
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds == "" or "cpu" in kinds.split(","):
+            mount = root / "cpu" if kinds else root
+            group = mount / path.lstrip("/")
+            yield from (folder for folder in (group, *group.parents) if mount in folder.parents)
+
+
+def _quota_v2(folder: Path) -> float:
+    quota, period = (folder / "cpu.max").read_text().split()
     return float(int(quota)) / int(period)  # "max" is no number: no limit
 
 
-def _quota_v1() -> float:
-    folder = Path("/sys/fs/cgroup/cpu")
+def _quota_v1(folder: Path) -> float:
     quota = int((folder / "cpu.cfs_quota_us").read_text())
     if quota < 0:
         raise ValueError("no limit")
