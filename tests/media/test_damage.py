@@ -9,6 +9,8 @@ import pytest
 from tests.media import clips
 from tokenprune.errors import DecodeError, MediaError, NoVideoStreamError
 from tokenprune.media import index_video, probe, read_video, stream_video
+from tokenprune.media.h264 import slices
+from tokenprune.media.pictures import PictureDecoder
 
 
 def spoil(clip, name, change):
@@ -132,6 +134,19 @@ def test_codec_threads_tell_of_all_damage(tmp_path):
             assert np.array_equal(video.substituted.numpy(), alone.substituted.numpy())
             assert np.array_equal(video.frames.numpy(), alone.frames.numpy())
     assert seen > 4
+
+
+def test_codec_threads_are_used_where_they_tell(clip, tmp_path):
+    """A picture in slices may lack one without an error."""
+    sliced = clips.encode(tmp_path / "sliced.mp4", options=clips.x264("slices=4:bframes=0"))
+    for path, threads in ((clip("h264_one_keyframe").path, 2), (sliced.path, 1)):
+        decoder = PictureDecoder(index_video(path), 2)
+        assert decoder._context.thread_count == threads
+        decoder.close()
+    with av.open(str(sliced.path)) as container:
+        stream = container.streams.video[0]
+        header = stream.codec_context.extradata
+        assert {slices(bytes(p), header) for p in container.demux(stream) if p.size} == {4}
 
 
 def check(video, numbers):

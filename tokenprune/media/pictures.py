@@ -11,7 +11,8 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
 from tokenprune.media.damage import Counter, Decoded, Sieve
-from tokenprune.media.files import open_media, video_stream
+from tokenprune.media.files import open_media, packets_of, video_stream
+from tokenprune.media.h264 import slices
 from tokenprune.media.index import Ints, PacketIndex
 
 Write = Callable[[int, Any, bool], bool]
@@ -48,12 +49,13 @@ class PictureDecoder:
         self._index = index
         self._stack = ExitStack()
         container = self._stack.enter_context(open_media(index.info.path))
-        self._context = video_stream(container).codec_context
+        stream = video_stream(container)
+        if threads > 1 and not _threads_tell_of_damage(container, stream):
+            threads = 1
+        self._context = stream.codec_context
         self._context.thread_type = "FRAME" if threads > 1 else "NONE"
         self._context.thread_count = threads
         if threads > 1:
-            # A thread may hand out a picture before the thread that decodes it has marked it as
-            # damaged. Errors come in order, so let damage be one.
             self._context.options = {"err_detect": "crccheck+explode"}
         self._delay = threads - 1
         self.pictures = 0  # that came out of the decoder so far
@@ -97,6 +99,20 @@ class PictureDecoder:
             return []
         self.pictures += len(pictures)
         return pictures
+
+
+def _threads_tell_of_damage(container: Any, stream: Any) -> bool:
+    """Whether no damage is lost if pictures are decoded beside each other.
+
+    A thread may hand out a picture before another, which decodes it, has marked it as damaged. But
+    errors come in order; so damage should be one, and it can be if no picture is made of pieces,
+    of which one might lack without an error.
+    """
+    first = next(packets_of(container, stream), None)
+    if first is None or stream.codec_context.name == "mpeg4":
+        return False
+    header = stream.codec_context.extradata or b""
+    return stream.codec_context.name != "h264" or slices(bytes(first), header) == 1
 
 
 def fill(
