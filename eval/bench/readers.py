@@ -1,0 +1,177 @@
+"""Ways to read frames of a video, behind one call, for the decoder's bench.
+
+A reader gets a path, presentation ranks in increasing order, and a size `(height, width)`; it gives
+frames uint8 `[F, 3, H, W]` or `[F, H, W, 3]`. What it needs is imported by `load`, which is called
+before any time is taken. Foreign libraries are told to scale while they decode if they can.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenprune.eval.bench.footage import read_number
+
+Size = tuple[int, int]
+Read = Callable[[str, Sequence[int], Size], Any]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A way to read frames.
+
+    Attributes:
+        modules: what to import first.
+        read: gives the frames; or, for a stream, their numbers `[F]`.
+        held: frames that the caller holds at a time; None for all of them.
+    """
+
+    modules: tuple[str, ...]
+    read: Read
+    held: int | None = None
+
+    def load(self) -> None:
+        """Import what it needs.
+
+        Raises:
+            Exception: whatever a library raises that is missing or broken.
+        """
+        for name in self.modules:
+            importlib.import_module(name)
+
+
+def _ours(path: str, ranks: Sequence[int], size: Size, *, workers: int | None = None) -> Any:
+    from tokenprune.media import read_video
+
+    return read_video(path, indices=ranks, size=size, workers=workers).frames
+
+
+GROUP = 16
+
+
+def _stream(path: str, ranks: Sequence[int], size: Size) -> Any:
+    """Reads group after group, and keeps none."""
+    from tokenprune.media import stream_video
+
+    numbers: list[int] = []
+    for group in stream_video(path, indices=ranks, size=size, group=GROUP):
+        numbers += [read_number(frame) for frame in group.frames.numpy()]
+    return np.array(numbers)
+
+
+def _pyav(path: str, ranks: Sequence[int], size: Size, *, threads: str) -> Any:
+    """Decode every picture up to the last wanted one; scale those that are wanted."""
+    import av
+    from av.video.reformatter import Interpolation, VideoReformatter
+
+    frames = np.empty((len(ranks), *size, 3), np.uint8)
+    scale: Any = VideoReformatter()
+    with av.open(path) as container:
+        stream: Any = container.streams.video[0]
+        stream.thread_type = threads
+        at = 0
+        for rank, picture in enumerate(container.decode(stream)):
+            if rank == ranks[at]:
+                small = scale.reformat(
+                    picture,
+                    width=size[1],
+                    height=size[0],
+                    format="rgb24",
+                    interpolation=Interpolation.BILINEAR,
+                )
+                frames[at] = small.to_ndarray()
+                at += 1
+                if at == len(ranks):
+                    break
+    return frames
+
+
+def _decord(path: str, ranks: Sequence[int], size: Size, *, threads: int) -> Any:
+    decord: Any = importlib.import_module("decord")
+    decord.bridge.set_bridge("torch")  # its own array would be a copy
+    reader = decord.VideoReader(path, height=size[0], width=size[1], num_threads=threads)
+    return reader.get_batch(list(ranks))
+
+
+def _torchcodec(path: str, ranks: Sequence[int], size: Size, *, mode: str) -> Any:
+    decoders: Any = importlib.import_module("torchcodec.decoders")
+    transforms: Any = importlib.import_module("torchcodec.transforms")
+    reader = decoders.VideoDecoder(
+        path, seek_mode=mode, num_ffmpeg_threads=0, transforms=[transforms.Resize(size)]
+    )
+    return reader.get_frames_at(list(ranks)).data
+
+
+def _opencv(path: str, ranks: Sequence[int], size: Size, *, seek: bool) -> Any:
+    cv2: Any = importlib.import_module("cv2")
+    frames = np.empty((len(ranks), *size, 3), np.uint8)
+    capture = cv2.VideoCapture(path)
+    at = 0
+    for place, rank in enumerate(ranks):
+        if seek:
+            capture.set(cv2.CAP_PROP_POS_FRAMES, rank)
+        else:
+            while at < rank:
+                capture.grab()
+                at += 1
+        good, picture = capture.read()
+        at += 1
+        if good:
+            small = cv2.resize(picture, size[::-1], interpolation=cv2.INTER_AREA)
+            cv2.cvtColor(small, cv2.COLOR_BGR2RGB, dst=frames[place])
+    capture.release()
+    return frames
+
+
+def _transformers(path: str, ranks: Sequence[int], size: Size) -> Any:
+    """Its loader gives full frames; a processor scales them."""
+    import torch
+    from torchvision.transforms.v2.functional import resize
+    from transformers.video_utils import load_video
+
+    wanted = np.asarray(ranks)
+    frames, _ = load_video(path, sample_indices_fn=lambda metadata, **_: wanted)
+    whole = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    scaled = torch.empty((len(ranks), 3, *size), dtype=torch.uint8)
+    for at in range(0, len(ranks), 16):
+        scaled[at : at + 16] = resize(whole[at : at + 16], list(size), antialias=True)
+    return scaled
+
+
+OURS, STREAM = "tokenprune", "tokenprune, streamed"
+_MEDIA = ("tokenprune.media", "av", "torch")
+_TRANSFORMERS = ("transformers.video_utils", "torchvision.transforms.v2.functional", "av", "torch")
+
+READERS: dict[str, Reader] = {
+    OURS: Reader(_MEDIA, _ours),
+    "tokenprune, 1 worker": Reader(_MEDIA, partial(_ours, workers=1)),
+    STREAM: Reader(_MEDIA, _stream, held=2 * GROUP),
+    "PyAV, 1 thread": Reader(("av",), partial(_pyav, threads="NONE")),
+    "PyAV, AUTO": Reader(("av",), partial(_pyav, threads="AUTO")),
+    "decord, 0 threads": Reader(("decord", "torch"), partial(_decord, threads=0)),
+    "decord, 1 thread": Reader(("decord", "torch"), partial(_decord, threads=1)),
+    "decord, 2 threads": Reader(("decord", "torch"), partial(_decord, threads=2)),
+    "torchcodec, exact": Reader(
+        ("torchcodec.decoders", "torchcodec.transforms"), partial(_torchcodec, mode="exact")
+    ),
+    "torchcodec, approximate": Reader(
+        ("torchcodec.decoders", "torchcodec.transforms"), partial(_torchcodec, mode="approximate")
+    ),
+    "OpenCV, read on": Reader(("cv2",), partial(_opencv, seek=False)),
+    "OpenCV, seek": Reader(("cv2",), partial(_opencv, seek=True)),
+    "transformers": Reader(_TRANSFORMERS, _transformers),
+}
+
+
+def numbers_on(frames: Any) -> NDArray[np.int64]:
+    """The numbers `[F]` on frames of either layout; of a stream they are given already."""
+    array = np.asarray(frames)
+    if array.ndim == 1:
+        return array.astype(np.int64)
+    if array.shape[-1] == 3:
+        array = array.transpose(0, 3, 1, 2)
+    return np.array([read_number(frame) for frame in array], np.int64)
