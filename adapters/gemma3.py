@@ -26,7 +26,7 @@ class Gemma3(Llava):
 
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
         side = self._tokens_a_side()
-        return [Item.grid(1, side, side, video=False) for _ in self._pictures(call)]
+        return [Item.grid(1, side, side, video=False) for _ in range(len(self._pictures(call)))]
 
     def tower(self, modality: Modality) -> Tower | None:
         block = self._block(-1)

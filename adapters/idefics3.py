@@ -28,7 +28,8 @@ class Idefics3(Adapter):
     normalisation: ClassVar[Normalisation] = HALF
 
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
-        views, _, height, _ = self._views(call).shape
+        views = int(self._real(call).sum())
+        height = call.arguments["pixel_values"].shape[-2]
         side = height // self.config.vision_config.patch_size // self.config.scale_factor
         tilings = self._tilings(views, side**2, prompt.get("input_ids"))
         return [_tiled(rows, columns, side) for rows, columns in tilings]

@@ -17,6 +17,9 @@ __all__ = ["LazyMask", "attention_row", "base_attention", "last_query_mask", "ma
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
+_PARTS = 8
+"""In how many parts a mask is evaluated, one after the other."""
+
 
 class LazyMask:
     """A mask that is still a function of indices, to be evaluated where rows and keys are known.
@@ -51,16 +54,25 @@ class LazyMask:
         """
         if self._last is not None and self._last[0] is queries and self._last[1] is keys:
             return self._last[2]
+        self._last = None  # two at a time would be one too many
+        # Functions make several tensors as large as their result on the way: only ever of a part.
+        step = -(-queries.shape[1] // _PARTS)
+        shape = (len(queries), keys.shape[1], queries.shape[1], keys.shape[2])
+        mask = torch.empty(shape, dtype=torch.bool, device=queries.device)
+        for start in range(0, queries.shape[1], step):
+            mask[:, :, start : start + step] = self._rows(queries[:, start : start + step], keys)
+        self._last = (queries, keys, mask)
+        return mask
+
+    def _rows(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """The mask of some queries, `[B, 1 or H, Q, S]`."""
         batch = torch.arange(queries.shape[0], device=queries.device).view(-1, 1, 1, 1)
         query = queries.clamp_min(0)[:, None, :, None]
         key = keys.clamp_min(0)[:, :, None, :]
         mask = self.function(batch, torch.zeros_like(batch[:1]), query, key)
         if self.padding is not None:
             mask = mask & self.padding[batch, key]
-        mask = mask & (keys >= 0)[:, :, None, :]
-        mask = mask.expand(-1, keys.shape[1], queries.shape[1], -1)
-        self._last = (queries, keys, mask)
-        return mask
+        return mask & (keys >= 0)[:, :, None, :]
 
 
 def base_attention(name: str, module: nn.Module) -> AttentionFunction:

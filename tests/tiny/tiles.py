@@ -85,7 +85,7 @@ _smolvlm = _idefics(transformers.SmolVLMConfig, transformers.SmolVLMForCondition
 def _gemma3(name: str, attention: str) -> Tiny:
     # The window is shorter than the prompt; that of `gemma3_long` is so long that layers forget.
     types = ["sliding_attention"] * 5
-    types[2] = types[4] = "full_attention"
+    types[1] = types[4] = "full_attention"
     config = transformers.Gemma3Config(
         vision_config=siglip(),
         text_config=text_config(
