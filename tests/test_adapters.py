@@ -58,7 +58,7 @@ OMNI = ("qwen2_5_omni", "qwen3_omni_moe")
 IDEFICS = ("idefics3", "smolvlm")
 PIXTRAL = ("llava_pixtral", "mistral3")
 PERCEIVING = ("longva", "perception_lm")
-PAINTED = [name for name in NAMES if name not in (*SOUND_ONLY, "phi4_multimodal_audio")]
+PAINTED = [name for name in NAMES if name not in SOUND_ONLY]
 
 
 @dataclass
@@ -508,6 +508,7 @@ NEWLINES = {
     "llava_onevision_image": 4,
     "llava_onevision_images": 3,
     "phi4_multimodal": 6,
+    "phi4_multimodal_sounds": 6,
     "video_llava": 2,
     "video_llava_video": 3,
 }
@@ -536,7 +537,7 @@ ITEMS = {
     "perception_lm": 2,
     "perception_lm_image": 2,
     "phi4_multimodal": 2,
-    "phi4_multimodal_audio": 2,
+    "phi4_multimodal_sounds": 3,
     "qwen2_5_omni": 2,
     "qwen2_5_omni_interleaved": 2,
     "qwen2_5_vl": 2,
@@ -963,6 +964,78 @@ def test_tiles_of_an_unbroken_run_are_one_image() -> None:
     (layout,) = layouts(adapter, seen, inputs)
     assert torch.bincount(layout.item).tolist() == [27, 9, 9, 9]
     assert torch.bincount(layout.canvas).tolist() == [9] * 6
+
+
+def test_tiles_up_to_the_whole_picture_are_one_image() -> None:
+    """Aya Vision: text stands between the tiles, and the whole picture comes last."""
+    tiny = build("aya_vision")
+    adapter, seen = look(tiny, inputs := tiny.inputs())
+    (layout,) = layouts(adapter, seen, inputs)
+    assert torch.bincount(layout.item).tolist() == [20, 4, 12]
+    assert layout.canvas[::4].tolist() == [1, 2, 3, 4, 0, 5, 7, 8, 6]
+
+
+def test_tiles_without_a_mark_after_them_are_images_of_their_own() -> None:
+    tiny = build("aya_vision")
+    adapter, seen = look(tiny, tiny.inputs())
+    ids = torch.tensor([[IMAGE] * 36])
+    ((layout, _),) = adapter.layouts(ids, seen.calls, {"input_ids": ids})
+    assert torch.bincount(layout.item).tolist() == [4] * 9
+
+
+def test_class_tokens_of_frames_are_no_patches() -> None:
+    tiny = build("video_llava_video")
+    adapter, seen = look(tiny, inputs := tiny.inputs())
+    (layout,) = layouts(adapter, seen, inputs)
+    first = (inputs["input_ids"][0] == tiny.model.config.video_token_id).nonzero()[0]
+    expected = [n for n in range(3 * 17) if n % 17]
+    assert (layout.position - first).tolist() == expected
+
+
+def test_each_modality_has_its_own_tower() -> None:
+    tiny = build("video_llava")
+    adapter, base = adapter_for(tiny.model), tiny.model.model
+    for modality, tower in (("image", base.image_tower), ("video", base.video_tower)):
+        found = adapter.tower(modality)
+        assert found is not None
+        assert found.block is tower.encoder.layers[1]
+
+
+def test_of_several_feature_layers_the_deepest_is_read() -> None:
+    tiny = build("vipllava")  # layers -2 and 1 of three
+    found = adapter_for(tiny.model).tower("image")
+    assert found is not None
+    assert found.block is tiny.model.model.vision_tower.encoder.layers[1]
+
+
+@pytest.mark.parametrize("name", PERCEIVING)
+def test_images_and_clips_of_one_method_are_told_apart_prompt_after_prompt(name: str) -> None:
+    tiny = build(name)
+    with prune(tiny.model, "vflowopt(keep=0.5)") as report:
+        for seed in (0, 1):
+            tiny.model.generate(
+                **tiny.inputs(seed), max_new_tokens=1, suppress_tokens=tiny.suppress
+            )
+    assert len(report.calls) == 2
+    for call in report.calls:
+        (layout,) = call.layouts
+        assert torch.bincount(layout.modality).tolist() == [0, 8, 24]
+        assert layout.frame[layout.modality == VIDEO].unique().tolist() == list(range(6))
+
+
+def test_a_tower_that_attends_by_hand_fails() -> None:
+    tiny = build("perception_lm")
+    tower = adapter_for(tiny.model).tower("image")
+    assert tower is not None
+    for module in tower.block.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    with pytest.raises(UnsupportedModelError, match="by hand.*TIMM_FUSED_ATTN=1"):
+        with torch.no_grad(), prune(tiny.model, "vflowopt(keep=0.5)"):
+            tiny.model(**tiny.inputs())
+    # Nothing of the reading is left behind.
+    with torch.no_grad(), prune(tiny.model, "random(keep=0.5)"):
+        tiny.model(**tiny.inputs())
 
 
 def test_frames_of_a_clip_stand_within_its_marks() -> None:

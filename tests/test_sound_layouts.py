@@ -59,7 +59,7 @@ EARS = {
         0.08,
         reach=0.07,
     ),
-    "phi4_multimodal_audio": Ear(
+    "phi4_multimodal_sounds": Ear(
         "embed_tokens_extend.audio_embed.encoder.encoders",
         "audio_input_features",
         1,
@@ -143,7 +143,7 @@ def test_every_family_that_hears_is_here() -> None:
     assert hearing == set(EARS)
 
 
-@pytest.mark.parametrize("name", [*SOUND_ONLY, "phi4_multimodal_audio"])
+@pytest.mark.parametrize("name", [*SOUND_ONLY, "phi4_multimodal_sounds"])
 def test_sounds_that_beams_tear_apart_are_refused(name: str) -> None:
     tiny = build(name)
     with prune(tiny.model, "random(keep=0.5)"):
@@ -151,7 +151,7 @@ def test_sounds_that_beams_tear_apart_are_refused(name: str) -> None:
             tiny.model.generate(**tiny.inputs(), num_beams=2, max_new_tokens=1)
 
 
-@pytest.mark.parametrize("name", [*SOUND_ONLY, "phi4_multimodal_audio"])
+@pytest.mark.parametrize("name", [*SOUND_ONLY, "phi4_multimodal_sounds"])
 def test_equal_rows_of_a_batch_are_no_beams(name: str) -> None:
     tiny = build(name)
     inputs = {key: torch.cat([one, one]) for key, one in tiny.inputs().items()}

@@ -70,7 +70,7 @@ REFUSALS: dict[tuple[str, str], str] = {
     **{("vflowopt", name): "its map is read from a vision tower" for name in SOUND_ONLY},
 }
 
-TORN_BY_BEAMS = (*SOUND_ONLY, "glm4v", "phi4_multimodal_audio")
+TORN_BY_BEAMS = (*SOUND_ONLY, "glm4v", "phi4_multimodal_sounds")
 """Whose default prompt holds several images, sounds or windows; `generate` repeats each alone."""
 
 NO_BEAMS: dict[str, str] = {
@@ -89,6 +89,7 @@ SEPARATORS: dict[str, int] = {
     "video_llava": 2,  # the class token of each frame
     "video_llava_video": 3,
     "phi4_multimodal": 6,  # one after each line, and one between tiles and the whole
+    "phi4_multimodal_sounds": 6,
 }
 
 

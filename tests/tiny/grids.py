@@ -44,7 +44,7 @@ def _qwen3_vl_moe(name: str, attention: str) -> Tiny:
         head_dim=16,
         num_experts=4,
         num_experts_per_tok=2,
-        moe_intermediate_size=64,
+        moe_intermediate_size=56,
         **mrope(),
     ).to_dict()
     config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision, **QWEN_TOKENS)

@@ -201,13 +201,11 @@ def _phi4_multimodal(name: str, attention: str) -> Tiny:
         return [[AUDIO] * count for count in tokens], features
 
     def make(generator: torch.Generator, closing: int, short: bool) -> Inputs:
-        if name == "phi4_multimodal_audio":
-            spans, media = sounds(generator, [9] if short else [15, 12])
-        else:
-            seen, media = image(generator, short)
-            spans, heard = sounds(generator, [9 if short else 12])
-            spans, media = [seen, *spans], media | heard
-        return {"input_ids": prompt(generator, spans, closing), **media}
+        several = [15, 12] if name == "phi4_multimodal_sounds" else [12]
+        seen, pictures = image(generator, short)
+        heard, features = sounds(generator, [9] if short else several)
+        ids = prompt(generator, [seen, *heard], closing)
+        return {"input_ids": ids, **pictures, **features}
 
     return make_tiny(name, transformers.Phi4MultimodalForCausalLM, config, attention, make)
 
@@ -239,8 +237,9 @@ def _qwen3_omni_moe(name: str, attention: str) -> Tiny:
     text = text_config(
         "qwen3_omni_moe_text",
         moe_intermediate_size=48,
-        num_experts=4,
+        num_experts=6,
         num_experts_per_tok=2,
+        mlp_only_layers=[0, 1, 3, 4],  # experts alone answer with the same token over and over
         **mrope(),
     )
     config = omni.Qwen3OmniMoeThinkerConfig(
@@ -296,6 +295,6 @@ FAMILIES: dict[str, Builder] = {
 }
 
 VARIANTS: dict[str, Builder] = {
-    "phi4_multimodal_audio": _phi4_multimodal,
+    "phi4_multimodal_sounds": _phi4_multimodal,
     "qwen3_omni_moe_interleaved": _qwen3_omni_moe,
 }
