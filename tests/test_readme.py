@@ -36,6 +36,17 @@ def test_the_first_example_runs(
     assert Path("kept.png").exists()
 
 
+def test_the_session_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    write_sample("out/sample.mp4", seconds=6)
+    exec(compile(BLOCKS[1], "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert Path("sample.safetensors").stat().st_size > 10_000
+
+
 def test_the_method_to_add_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokenprune.stage._METHODS", {})  # it is not there for other tests
     lines = [
@@ -44,7 +55,7 @@ def test_the_method_to_add_works(monkeypatch: pytest.MonkeyPatch) -> None:
         "from tokenprune.selection import Selection, count",
         "from tokenprune.stage import Cache, CacheContext, Site, Stage",
         "from tokenprune.stages.selectors import top",
-        BLOCKS[1],
+        BLOCKS[2],
     ]
     names: dict[str, type[Method]] = {}
     exec(compile("\n".join(lines), "README.md", "exec"), names)
