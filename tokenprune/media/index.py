@@ -147,14 +147,13 @@ def index_video(path: str | os.PathLike[str], *, scan: bool = False) -> PacketIn
     with open_media(path) as container:
         stream = video_stream(container)
         table = None if scan else sample_table(container.name, stream)
-        columns = _Scan(stream)
-        if table is None:
-            columns.run(container)
-        elif not columns.look_up(container, table):
+        look = _Look(stream)
+        columns = look.scan(container) if table is None else look.compare(container, table)
+        if columns is None:
             return index_video(path, scan=True)
-        if not columns.shown:
+        if not len(columns.shown):
             raise DecodeError(f"{container.name!r} has a video stream but no frames in it")
-        index = _build(container, stream, columns)
+        index = _build(container, stream, look, columns, scanned=table is None)
     if not index.info.width or not index.info.height:
         raise DecodeError(
             f"{index.info.path!r}: no picture of its video can be decoded; convert it, to H.264 say"
@@ -171,8 +170,25 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     return index_video(path).info
 
 
-class _Scan:
-    """The columns of the index, filled packet by packet."""
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """What is known of each packet, in decode order; `shown` are the numbers of those shown."""
+
+    pts: Ints
+    dts: Ints
+    size: Ints
+    duration: Ints
+    keyframe: Bools
+    shown: Ints
+
+
+class _Look:
+    """A look at the packets: at all of them, or at the first few, to compare them with a table.
+
+    Attributes:
+        first_picture: the first that could be decoded, or None.
+        error: why the look ended before the end of the file, or None.
+    """
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -184,42 +200,47 @@ class _Scan:
         self.shown: list[int] = []
         self.first_picture: Any = None
         self.error: str | None = None
-        self.scanned = True
 
-    def look_up(self, container: Any, table: SampleTable) -> bool:
-        """Fill the columns from the file's table; False if its first packets are not the file's."""
-        self.scanned = False
+    def compare(self, container: Any, table: SampleTable) -> _Columns | None:
+        """What the table tells; None if its first packets are not the file's."""
         try:
             for packet in packets_of(container, self.stream):
                 self._add(packet)
                 if self.first_picture is not None or len(self.size) == _LOOKS:
                     break
         except av.error.FFmpegError:
-            return False
+            return None
         seen = len(self.size)
         if not seen or len(table.size) < seen or NO_TIME in self.pts:
-            return False
-        pts = table.dts + table.shift + (self.pts[0] - table.dts[0] - table.shift[0])
-        shown = np.flatnonzero(~table.discard)
-        columns = (pts, table.dts, table.size, table.duration, table.keyframe)
-        read = (self.pts, self.dts, self.size, self.duration, self.keyframe)
-        if any(there[:seen].tolist() != here for there, here in zip(columns, read, strict=True)):
-            return False
-        if self.shown != shown[shown < seen].tolist():
-            return False
-        self.pts, self.dts, self.size, self.duration, self.keyframe = (
-            column.tolist() for column in columns
+            return None
+        columns = _Columns(
+            pts=table.dts + table.shift + (self.pts[0] - table.dts[0] - table.shift[0]),
+            dts=table.dts,
+            size=table.size,
+            duration=table.duration,
+            keyframe=table.keyframe,
+            shown=np.flatnonzero(~table.discard),
         )
-        self.shown = shown.tolist()
-        return True
+        for name in ("pts", "dts", "size", "duration", "keyframe"):
+            if getattr(columns, name)[:seen].tolist() != getattr(self, name):
+                return None
+        return columns if self.shown == columns.shown[columns.shown < seen].tolist() else None
 
-    def run(self, container: Any) -> None:
-        """Read to the end of the file, or to the point where it cannot be read on."""
+    def scan(self, container: Any) -> _Columns:
+        """What all packets tell, to the end of the file or to where it cannot be read on."""
         try:
             for packet in packets_of(container, self.stream):
                 self._add(packet)
         except av.error.FFmpegError as error:
             self.error = error.strerror
+        return _Columns(
+            pts=np.array(self.pts, np.int64),
+            dts=np.array(self.dts, np.int64),
+            size=np.array(self.size, np.int64),
+            duration=np.array(self.duration, np.int64),
+            keyframe=np.array(self.keyframe, bool),
+            shown=np.array(self.shown, np.int64),
+        )
 
     def _add(self, packet: Any) -> None:
         if self.first_picture is None and len(self.size) < _LOOKS:
@@ -241,30 +262,34 @@ class _Scan:
             return
 
 
-def _build(container: Any, stream: Any, scan: _Scan) -> PacketIndex:
-    pts, dts = np.array(scan.pts, np.int64), np.array(scan.dts, np.int64)
-    shown = np.array(scan.shown, np.int64)
+def _build(
+    container: Any, stream: Any, look: _Look, columns: _Columns, *, scanned: bool
+) -> PacketIndex:
+    pts, dts, shown, keyframe = columns.pts, columns.dts, columns.shown, columns.keyframe
     tick = float(stream.time_base)
-    keyframe = np.array(scan.keyframe, bool)
     joinable = container.format.name in JOINABLE
     falls = _falls(pts, dts, keyframe, tick, joinable)
     era = np.cumsum(falls).astype(np.int64)
-    timed = _is_timed(container, stream, pts[shown], era[shown])
+    everything = np.lexsort((pts, era))
+    visible = np.zeros(len(pts), bool)
+    visible[shown] = True
+    in_turn = everything[visible[everything]]
+    timed = _is_timed(container, stream, pts[in_turn], era[in_turn])
 
-    everything = np.lexsort((pts, era)) if timed else np.arange(len(pts))
+    everything = everything if timed else np.arange(len(pts))
     place = np.empty(len(pts), np.int64)
     place[everything] = np.arange(len(pts))
     order = shown[np.argsort(place[shown])]
     rate = float(stream.guessed_rate or stream.average_rate or 25)
     seconds, step = _seconds(pts[order], era[order], tick, rate)
-    last = scan.duration[int(order[-1])] * tick
+    last = int(columns.duration[order[-1]]) * tick
     duration = float(seconds[-1]) + (last if timed and last > 0 else step)
 
     leaps = np.zeros(len(dts), bool)
     if joinable and len(dts) > 1:
         steps = np.diff(dts) * tick
         leaps[1:] = steps > max(10.0, 20 * float(np.median(steps)))
-    width, height, rotation = geometry(stream, scan.first_picture)
+    width, height, rotation = geometry(stream, look.first_picture)
     info = VideoInfo(
         path=container.name,
         duration_seconds=duration,
@@ -282,7 +307,7 @@ def _build(container: Any, stream: Any, scan: _Scan) -> PacketIndex:
         info=info,
         pts=pts,
         dts=dts,
-        size=np.array(scan.size, np.int64),
+        size=columns.size,
         keyframe=keyframe,
         place=place,
         epoch=np.cumsum(falls | leaps),
@@ -290,8 +315,8 @@ def _build(container: Any, stream: Any, scan: _Scan) -> PacketIndex:
         seconds=seconds,
         timed=timed,
         skippable=timed and is_skippable(stream),
-        error=scan.error,
-        scanned=scan.scanned,
+        error=look.error,
+        scanned=scanned,
     )
 
 
@@ -312,12 +337,12 @@ def _falls(pts: Ints, dts: Ints, keyframe: Bools, tick: float, joinable: bool) -
 
 
 def _is_timed(container: Any, stream: Any, pts: Ints, era: Ints) -> bool:
-    """Whether every shown packet has a presentation time of its own."""
+    """Whether every shown packet has a presentation time of its own; they come in that order."""
     codec, form = stream.codec_context.name, container.format.name
     if form in TIMELESS or (form in DECODE_TIMED and codec in {"h264", "hevc"}):
         return False
-    pairs = np.unique(np.stack([era, pts]), axis=1)
-    return bool((pts != NO_TIME).all()) and pairs.shape[1] == len(pts)
+    twins = (pts[1:] == pts[:-1]) & (era[1:] == era[:-1])
+    return bool((pts != NO_TIME).all() and not twins.any())
 
 
 def _seconds(pts: Ints, era: Ints, tick: float, rate: float) -> tuple[NDArray[np.float64], float]:

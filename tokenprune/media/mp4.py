@@ -8,6 +8,8 @@ first packets, and later with every packet that is decoded.
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tokenprune.media.refresh import HEAD_BYTES, is_gradual
 
 Ints = NDArray[np.int64]
 LARGEST_MOOV_BYTES = 1 << 28
+_ENTRY = attrgetter("timestamp", "pos", "size", "flags")
 LOOKS = 16  # keyframes to look at; the others are when they are decoded
 
 
@@ -61,8 +64,8 @@ def sample_table(path: str, stream: Any) -> SampleTable | None:
         return None  # the scan will say what is wrong, if anything is
     if offsets is None:
         return None
-    rows = np.array([(e.timestamp, e.pos, e.size, e.flags) for e in entries], np.int64)
-    dts, position, size, flags = rows.T
+    values = chain.from_iterable(map(_ENTRY, entries))
+    dts, position, size, flags = np.fromiter(values, np.int64).reshape(-1, 4).T
     if int((position + size).max()) > Path(path).stat().st_size:
         return None
     order = np.argsort(offsets.position, kind="stable")
@@ -71,7 +74,7 @@ def sample_table(path: str, stream: Any) -> SampleTable | None:
     if (offsets.position[sample] != position).any() or (offsets.size[sample] != size).any():
         return None
     full = size > 0
-    if len(np.unique(sample[full])) != int(full.sum()):
+    if np.bincount(sample[full]).max(initial=0) > 1:
         return None
     sample = sample[full]
     if _has_gradual(path, stream, position[full & (flags & 1 > 0)]):
