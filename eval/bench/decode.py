@@ -37,7 +37,14 @@ import typer
 from tqdm import tqdm
 
 from tokenprune.eval.bench.footage import MINUTE, RATE, Footage, make
-from tokenprune.eval.bench.readers import OURS, READERS, STREAM, numbers_on
+from tokenprune.eval.bench.readers import (
+    BUSY_PROCESSES,
+    BUSY_THREADS,
+    OURS,
+    READERS,
+    STREAM,
+    numbers_on,
+)
 
 SIZE = (448, 448)
 TEN_250 = Footage("ten-minutes-1080p-g250", 1080, 1920, 250, 4000, 10)
@@ -45,7 +52,8 @@ TEN_30 = Footage("ten-minutes-1080p-g30", 1080, 1920, 30, 4000, 10)
 HOUR = Footage("hour-360p-g250", 360, 640, 250, 550, 60)
 MINUTE_720 = Footage("minute-720p-g250", 720, 1280, 250, 2000, 1)
 FOOTAGE = (TEN_250, TEN_30, MINUTE_720, HOUR)
-READ = [name for name in READERS if name != STREAM]
+BUSY = [BUSY_THREADS, BUSY_PROCESSES]
+READ = [name for name in READERS if name not in (STREAM, *BUSY)]
 
 Run = dict[str, Any]
 
@@ -78,6 +86,12 @@ CELLS: dict[str, Cell] = {
     "hour-stream": Cell("the same, streamed", HOUR, tuple(range(0, 60 * MINUTE, RATE)), [STREAM]),
     "minute-stream": Cell(
         "every frame of a minute of 720p, streamed", MINUTE_720, tuple(range(MINUTE)), [STREAM]
+    ),
+    "busy": Cell(
+        "64 frames of ten minutes, GOP 30, beside a busy interpreter",
+        TEN_30,
+        _spread(TEN_30, 64),
+        [OURS, *BUSY],
     ),
     "1024-g250": Cell(
         "1,024 frames of ten minutes, GOP 250", TEN_250, _spread(TEN_250, 1024), READ
@@ -345,6 +359,7 @@ def main(
     ),
     files: Annotated[Path, typer.Option(help="Folder of the videos.")] = Path("runs/footage"),
     cells: Annotated[str, typer.Option(help="Some of the cells, with commas.")] = "",
+    readers: Annotated[str, typer.Option(help="Some of the readers, with commas.")] = "",
     repeats: Annotated[int, typer.Option(help="Rounds.")] = 5,
     slow_seconds: Annotated[float, typer.Option(help="What is slow in a cell.")] = 20.0,
     slow_repeats: Annotated[int, typer.Option(help="Rounds of what is slow.")] = 2,
@@ -363,20 +378,28 @@ def main(
         for footage in FOOTAGE:
             typer.echo(make(footage, files))
         return
-    names = [name for name in cells.split(",") if name] or list(CELLS)
-    unknown = set(names) - CELLS.keys()
-    if unknown:
-        raise typer.BadParameter(f"no cell {min(unknown)!r}; there are {', '.join(CELLS)}")
+    names = _chosen(cells, list(CELLS), "cell")
+    chosen = _chosen(readers, list(READERS), "reader")
     until = time.monotonic() + 60 * minutes
     bench = Bench(out, files, extra_path)
     try:
         for name in [] if show else names:
             for number in range(repeats):
                 due = methods_due(bench.runs, name, number, slow_seconds, slow_repeats)
+                due = [method for method in due if method in chosen]
                 bench.round(name, number, due, limit, until)
     finally:
         bench.close()
     typer.echo(table(bench.runs, bench.missing))
+
+
+def _chosen(text: str, known: list[str], what: str) -> list[str]:
+    """Names from text with commas, or all that are known."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = set(names) - set(known)
+    if unknown:
+        raise typer.BadParameter(f"no {what} {min(unknown)!r}; there are {', '.join(known)}")
+    return names or known
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ before any time is taken. Foreign libraries are told to scale while they decode 
 
 import importlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,10 +45,29 @@ class Reader:
             importlib.import_module(name)
 
 
-def _ours(path: str, ranks: Sequence[int], size: Size, *, workers: int | None = None) -> Any:
+def _ours(
+    path: str,
+    ranks: Sequence[int],
+    size: Size,
+    *,
+    workers: int | None = None,
+    worker_kind: Literal["thread", "process"] = "thread",
+) -> Any:
     from tokenprune.media import read_video
 
-    return read_video(path, indices=ranks, size=size, workers=workers).frames
+    return read_video(
+        path, indices=ranks, size=size, workers=workers, worker_kind=worker_kind
+    ).frames
+
+
+def _beside_python(path: str, ranks: Sequence[int], size: Size, *, read: Read) -> Any:
+    """Read while this thread runs nothing but Python, as one that tokenises texts might."""
+    with ThreadPoolExecutor(1) as pool:
+        frames = pool.submit(read, path, ranks, size)
+        count = 0
+        while not frames.done():
+            count += 1
+        return frames.result()
 
 
 GROUP = 16
@@ -142,27 +162,33 @@ def _transformers(path: str, ranks: Sequence[int], size: Size) -> Any:
     return scaled
 
 
-OURS, STREAM = "tokenprune", "tokenprune, streamed"
+OURS, STREAM = "tokenprune", "tokenprune streamed"
+BUSY_THREADS = "tokenprune threads beside a busy interpreter"
+BUSY_PROCESSES = "tokenprune processes beside a busy interpreter"
 _MEDIA = ("tokenprune.media", "av", "torch")
 _TRANSFORMERS = ("transformers.video_utils", "torchvision.transforms.v2.functional", "av", "torch")
 
 READERS: dict[str, Reader] = {
     OURS: Reader(_MEDIA, _ours),
-    "tokenprune, 1 worker": Reader(_MEDIA, partial(_ours, workers=1)),
+    "tokenprune 1 worker": Reader(_MEDIA, partial(_ours, workers=1)),
     STREAM: Reader(_MEDIA, _stream, held=2 * GROUP),
-    "PyAV, 1 thread": Reader(("av",), partial(_pyav, threads="NONE")),
-    "PyAV, AUTO": Reader(("av",), partial(_pyav, threads="AUTO")),
-    "decord, 0 threads": Reader(("decord", "torch"), partial(_decord, threads=0)),
-    "decord, 1 thread": Reader(("decord", "torch"), partial(_decord, threads=1)),
-    "decord, 2 threads": Reader(("decord", "torch"), partial(_decord, threads=2)),
-    "torchcodec, exact": Reader(
+    BUSY_THREADS: Reader(_MEDIA, partial(_beside_python, read=_ours)),
+    BUSY_PROCESSES: Reader(
+        _MEDIA, partial(_beside_python, read=partial(_ours, worker_kind="process"))
+    ),
+    "PyAV 1 thread": Reader(("av",), partial(_pyav, threads="NONE")),
+    "PyAV AUTO": Reader(("av",), partial(_pyav, threads="AUTO")),
+    "decord 0 threads": Reader(("decord", "torch"), partial(_decord, threads=0)),
+    "decord 1 thread": Reader(("decord", "torch"), partial(_decord, threads=1)),
+    "decord 2 threads": Reader(("decord", "torch"), partial(_decord, threads=2)),
+    "torchcodec exact": Reader(
         ("torchcodec.decoders", "torchcodec.transforms"), partial(_torchcodec, mode="exact")
     ),
-    "torchcodec, approximate": Reader(
+    "torchcodec approximate": Reader(
         ("torchcodec.decoders", "torchcodec.transforms"), partial(_torchcodec, mode="approximate")
     ),
-    "OpenCV, read on": Reader(("cv2",), partial(_opencv, seek=False)),
-    "OpenCV, seek": Reader(("cv2",), partial(_opencv, seek=True)),
+    "OpenCV": Reader(("cv2",), partial(_opencv, seek=False)),
+    "OpenCV seek": Reader(("cv2",), partial(_opencv, seek=True)),
     "transformers": Reader(_TRANSFORMERS, _transformers),
 }
 
