@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -193,11 +194,22 @@ def predicted(model: Model, report: Any) -> float:
     return prefill_flops(model, whole) / prefill_flops(model, pruned)
 
 
+class Part(StrEnum):
+    """What the bench consists of."""
+
+    keep_all = "keep-all"
+    prefill = "prefill"
+    decode = "decode"
+    tower = "tower"
+    memory = "memory"
+
+
 def main(
     pairs: Annotated[int, typer.Option(help="Pairs of keep-all; a third of it elsewhere.")] = 11,
     frames: Annotated[int, typer.Option(help="Of 196 tokens each.")] = FRAMES,
     vision_layers: Annotated[int, typer.Option(help="Of the vision tower.")] = 26,
     threads: Annotated[int, typer.Option(help="Processor threads; 0 for all.")] = 0,
+    only: Annotated[list[Part] | None, typer.Option(help="Only these parts.")] = None,
     peak: Annotated[str, typer.Option(help="Only print the peak memory of this recipe.")] = "",
 ) -> None:
     """Run the bench."""
@@ -209,22 +221,37 @@ def main(
         typer.echo(json.dumps(peak_bytes(model, inputs, None if peak == "plain" else peak)))
         return
     few = max(3, pairs // 3)
+    parts = set(only or Part)
     typer.echo(f"{inputs['input_ids'].shape[1]} tokens, {model.device.type}, ratios to unpruned")
-    keep_all = "random(keep=1.0) + random(keep=1.0 at=8) + plphp(keep=1.0)"
-    with encoded_once(model, inputs):
+    if parts & {Part.keep_all, Part.prefill, Part.decode}:
+        with encoded_once(model, inputs):
+            if Part.keep_all in parts:
+                keep_all = "random(keep=1.0) + random(keep=1.0 at=8) + plphp(keep=1.0)"
+                ratios = in_turns(first(model, inputs, None), first(model, inputs, keep_all), pairs)
+                show("keep-all: time to first token", ratios)
+            if Part.prefill in parts:
+                prefill_rows(model, inputs, few)
+            if Part.decode in parts:
+                decode_rows(model, inputs, few)
+    if Part.tower in parts:
+        with_tower(model, inputs, few)
+    if Part.memory in parts:
+        for recipe in ("plain", "random(keep=1.0)", "vflowopt(keep=0.1)", "plphp(keep=0.5)"):
+            size = json.loads(spawn(recipe, frames, vision_layers, threads))
+            typer.echo(
+                f"peak memory beyond weights and inputs, {recipe:<22} {size / 2**20:8.0f} MiB"
+            )
 
-        def first(recipe: str | None) -> Callable[[], float]:
-            return lambda: float(run(model, inputs, recipe, 1)["first"])
 
-        show("keep-all: time to first token", in_turns(first(None), first(keep_all), pairs))
-        for recipe in ("random(keep=0.1)", "uniform(keep=0.1)"):
-            ratios = in_turns(first(None), first(recipe), few)
-            prefill_row(model, recipe, "time to first token", ratios, inputs)
-        decode_rows(model, inputs, few)
-    with_tower(model, inputs, few)
-    for recipe in ("plain", "random(keep=1.0)", "vflowopt(keep=0.1)", "plphp(keep=0.5)"):
-        size = json.loads(spawn(recipe, frames, vision_layers, threads))
-        typer.echo(f"peak memory beyond weights and inputs, {recipe:<22} {size / 2**20:8.0f} MiB")
+def first(model: Model, inputs: dict[str, Tensor], recipe: str | None) -> Callable[[], float]:
+    """What measures the time to the first token."""
+    return lambda: float(run(model, inputs, recipe, 1)["first"])
+
+
+def prefill_rows(model: Model, inputs: dict[str, Tensor], pairs: int) -> None:
+    for recipe in ("random(keep=0.1)", "uniform(keep=0.1)"):
+        ratios = in_turns(first(model, inputs, None), first(model, inputs, recipe), pairs)
+        prefill_row(model, recipe, "time to first token", ratios, inputs)
 
 
 def prefill_row(
@@ -252,23 +279,21 @@ def decode_rows(model: Model, inputs: dict[str, Tensor], pairs: int) -> None:
 def with_tower(model: Model, inputs: dict[str, Tensor], pairs: int) -> None:
     """Rows in which the tower's attention is read."""
     recipe = "vflowopt(keep=0.1)"
+    shares: list[float] = []
 
-    def phase(recipe: str, *names: str) -> Callable[[], float]:
-        def seconds() -> float:
-            found = run(model, inputs, recipe, 1)["report"].seconds
-            return float(sum(found[name] for name in names))
+    def plain() -> float:
+        seconds = run(model, inputs, "none", 1)["report"].seconds
+        shares.append(sum(spent) / (seconds["encode"] + seconds["prefill"]))
+        return float(seconds["prefill"])
 
-        return seconds
+    def pruned() -> float:
+        spent.clear()
+        return float(run(model, inputs, recipe, 1)["report"].seconds["prefill"])
 
-    ratios = in_turns(phase("none", "prefill"), phase(recipe, "prefill"), pairs)
+    with reading_timed() as spent:
+        ratios = in_turns(plain, pruned, pairs)
     prefill_row(model, recipe, "prefill", ratios, inputs)
-    whole = phase("none", "encode", "prefill")
-    shares = []
-    for _ in range(pairs):
-        with reading_timed() as spent:
-            run(model, inputs, recipe, 1)
-        shares.append(sum(spent) / whole())
-    show(f"{recipe}: reading the tower, share of unpruned total", shares)
+    show(f"{recipe}: reading the tower, share of unpruned total", shares[1:])
 
 
 @contextmanager
