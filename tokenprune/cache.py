@@ -71,6 +71,10 @@ class Clock:
         self._extended = (index, self.rows, new)
         return new
 
+    def stop(self) -> None:
+        """Let nothing be stored until the next forward, which compilers find as it was before."""
+        self.rows = self._extended = None
+
 
 class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
     """Keys and values of one decoder layer, with the logical index of each.
@@ -183,7 +187,8 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
     def reset(self) -> None:
         super().reset()
         self._clear()
-        self.clock.end, self.clock.rows, self.clock.shift = 0, None, None
+        self.clock.end, self.clock.shift = 0, None
+        self.clock.stop()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._on_batch(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))

@@ -467,7 +467,7 @@ class Patch:
             elif self._flight is not None and not torch.compiler.is_compiling():
                 self.report.step(self._started, finished)
         if self._clock is not None:
-            self._clock.rows = None
+            self._clock.stop()
         self._reset()
 
     def _finish_prefill(self, finished: Mark) -> None:

@@ -35,7 +35,8 @@ class Bookmark:
 
     def restore(self) -> None:
         """Make the cache what it was, whatever happened to it since."""
-        self._clock.end, self._clock.shift, self._clock.rows = self._end, self._shift, None
+        self._clock.end, self._clock.shift = self._end, self._shift
+        self._clock.stop()
         for bookmark, layer in zip(self._layers, self._cache.layers, strict=True):
             bookmark.restore(layer)
 

@@ -222,9 +222,8 @@ def test_a_compiled_decoder_gives_the_same_logits(name: str, backend: str) -> No
             output = step(input_ids=tokens, past_key_values=cache, use_cache=True, **more)
             found.append(output.logits[:, -1])
     torch._dynamo.reset()
-    # The first step differs from the others: it finds layers that no step has extended yet.
-    # (What lies behind dynamo may ask for a graph twice.)
-    expected = 2 if backend == "eager" else 4
+    # Once for all steps. (Unpruned, too, dynamo has other backends make each graph twice.)
+    expected = 1 if backend == "eager" else 2
     assert graphs <= expected, "steps were cut to pieces, or compiled again and again"
     assert "per_token" not in report.seconds and report.seconds["prefill"] > 0
     assert_close(torch.stack(found, dim=1), logits_of(run.output)[:, 1:])
