@@ -1,5 +1,6 @@
 """What is asked and what comes back; groups, threads, errors."""
 
+import os
 import threading
 import time
 
@@ -13,6 +14,7 @@ from tokenprune.errors import DecodeError, MediaError
 from tokenprune.media import index_video, probe, read_video, stream_video
 from tokenprune.media.decode import FrameDecoder
 from tokenprune.media.reader import group_bounds
+from tokenprune.media.rows import _block
 
 
 def workers_alive():
@@ -159,6 +161,44 @@ def test_window_bounds_memory(clip):
             for group in decoder.groups():
                 time.sleep(0.01)  # a slow caller: the workers run into the window
                 assert all(4 * block < group.first + 4 + 8 for block in decoder._rows._blocks)
+
+
+def test_large_frames_are_not_piled_up(clip, monkeypatch):
+    """Of large ones there is one group ahead, and no more."""
+    monkeypatch.setattr("tokenprune.media.decode.AHEAD_BYTES", 1)
+    index = index_video(clip("h264_all_intra").path)
+    bounds = group_bounds(72, 4, 2)
+    with FrameDecoder(
+        index, np.arange(72), (112, 192), bounds=bounds, window=12, workers=3
+    ) as decoder:
+        for group in decoder.groups():
+            time.sleep(0.01)
+            taken = group.first + len(group.frames)
+            assert all(bounds[block] < taken + 4 for block in decoder._rows._blocks)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's accounts")
+def test_memory_of_groups_is_given_back():
+    """What a thread frees, the allocator might keep for the thread."""
+
+    def resident():
+        with open("/proc/self/status") as file:
+            (line,) = (line for line in file if line.startswith("VmRSS"))
+        return int(line.split()[1]) / 1024
+
+    def work():
+        for count in (16, 20, 24):
+            blocks = [_block(count, (448, 448)) for _ in range(3)]
+            for block in blocks:
+                block[:] = 1
+            high.append(resident())
+
+    high: list[float] = []
+    before = resident()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert max(high) - before > 30 and resident() - before < 10  # MiB
 
 
 def test_worker_error_reaches_the_caller(clip, monkeypatch):

@@ -20,6 +20,7 @@ from tokenprune.media.rows import Ring, Rows, Stopped
 from tokenprune.media.worker import UnitDecoder
 
 WorkerKind = Literal["thread", "process"]
+AHEAD_BYTES = 32 << 20  # decoded ahead at most, if that is more than a group
 CLOSE_SECONDS = 5.0  # after this a thread is left behind: it hangs in the file system
 
 
@@ -53,7 +54,8 @@ class FrameDecoder:
         ranks: `[F]` presentation ranks, strictly increasing.
         size: height and width of the frames.
         bounds: `[G + 1]` numbers of the frames with which groups begin, and F.
-        window: frames in memory at most, besides those delivered.
+        window: frames in memory at most, besides those delivered; fewer where they are large, but
+            a group always.
         workers: how many.
         worker_kind: threads of this process, or processes that share memory with it.
         timeout_seconds: give up when no worker gets on for so long.
@@ -78,7 +80,9 @@ class FrameDecoder:
         self._codec_threads = max(1, workers // len(units))
         self._turn = threading.Lock()  # units are begun in order
         workers = min(workers, len(units))
-        window = min(len(ranks), max(window, int(np.diff(bounds).max())))
+        largest = int(np.diff(bounds).max())
+        window = min(window, AHEAD_BYTES // (3 * size[0] * size[1]))
+        window = min(len(ranks), max(window, largest))
         self._ring = Ring(window, size, workers) if worker_kind == "process" else None
         self._counters = np.zeros((workers, 2), np.int64) if not self._ring else self._ring.counters
         self._rows = Rows(bounds, size, window, self._ring)

@@ -5,8 +5,9 @@ import os
 import tempfile
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import numpy as np
@@ -88,6 +89,22 @@ def _nameless_memory(length: int) -> int:
     return descriptor
 
 
+def _block(count: int, size: tuple[int, int]) -> Picture:
+    """Memory for rows that is given back as soon as nobody looks at it.
+
+    What `malloc` gives to a thread it may keep for the thread's later use: groups of some MiB would
+    pile up.
+    """
+    shape = (count, 3, *size)
+    length = int(np.prod(shape))
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.frombuffer(mmap.mmap(-1, length), np.uint8).reshape(shape)
+    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # not every kernel has large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8).reshape(shape)
+
+
 class Rows:
     """The rows asked for, on their way from the workers to the caller, in groups.
 
@@ -104,6 +121,7 @@ class Rows:
         self, bounds: Ints, size: tuple[int, int], window: int, ring: Ring | None = None
     ) -> None:
         self._bounds, self._size, self._window, self._ring = bounds, size, window, ring
+        self._begins = bounds[:-1].tolist()
         self._change = threading.Condition()
         self._blocks: dict[int, Picture] = {}
         self._left = np.diff(bounds)
@@ -168,7 +186,7 @@ class Rows:
             number = self._group(row)
             if number not in self._blocks:
                 count = int(self._bounds[number + 1] - self._bounds[number])
-                self._blocks[number] = np.empty((count, 3, *self._size), np.uint8)
+                self._blocks[number] = _block(count, self._size)
             place: Picture = self._blocks[number][row - int(self._bounds[number])]
             return place
 
@@ -252,4 +270,4 @@ class Rows:
         return taken
 
     def _group(self, row: int) -> int:
-        return int(np.searchsorted(self._bounds, row, "right")) - 1
+        return bisect_right(self._begins, row) - 1
