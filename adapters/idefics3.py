@@ -57,13 +57,13 @@ class Idefics3(Adapter):
     def _views(self, call: MediaCall) -> Tensor:
         """All views in the order of encoding: `[W, 3, height, width]`."""
         pixels: Tensor = call.arguments["pixel_values"]
-        if pixels.is_meta:  # a forecast, of one prompt: nothing fills it up
-            return pixels.flatten(0, 1)
         return pixels.flatten(0, 1)[self._real(call)]
 
     def _real(self, call: MediaCall) -> Tensor:
         """`[B * views]` bool: the model drops views of zeros, which fill up a batch."""
         pixels: Tensor = call.arguments["pixel_values"]
+        if pixels.is_meta:  # a forecast, of one prompt: nothing fills it up
+            return torch.ones(pixels.shape[:2].numel(), dtype=torch.bool)
         return (pixels.flatten(0, 1) != 0).flatten(1).any(dim=1)
 
     def _tilings(self, views: int, tokens: int, ids: Tensor | None) -> list[tuple[int, int]]:
