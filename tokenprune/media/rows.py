@@ -7,7 +7,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -96,13 +96,10 @@ def _block(count: int, size: tuple[int, int]) -> Picture:
     pile up.
     """
     shape = (count, 3, *size)
-    length = int(np.prod(shape))
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return np.frombuffer(mmap.mmap(-1, length), np.uint8).reshape(shape)
-    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # not every kernel has large pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8).reshape(shape)
+    # No large pages are asked for: in a virtual machine that lends its free memory to others, those
+    # cost more than a picture takes to decode.
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return np.frombuffer(mmap.mmap(-1, int(np.prod(shape)), **flags), np.uint8).reshape(shape)
 
 
 class Rows:
