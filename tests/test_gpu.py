@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from tests.tiny import build
+from tokenprune import Session
 from tokenprune.engine import prune
+from tokenprune.loading import load_model
 
 RECIPE = "vflowopt(keep=0.5) + random(keep=0.7 at=2) + plphp(keep=0.5)"
 FAMILIES = ["llava_onevision", "qwen2_5_vl", "qwen3_vl"]
@@ -68,6 +70,25 @@ def test_decisions_and_logits_are_those_of_the_processor(name: str) -> None:
     assert (got.cpu() - wanted).abs().max() < 1e-3
     assert report.kv_bytes == expected.kv_bytes
     assert report.seconds["prefill"] > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_session_on_cuda_is_that_on_the_processor(name: str, checkpoint: Any) -> None:
+    frames = torch.randint(0, 256, (12, 3, 56, 56), dtype=torch.uint8)
+    answers = []
+    for device in ("cpu", "cuda"):
+        one = load_model(str(checkpoint(name)), device=device, dtype=torch.float32)
+        with Session(one.model, one.processor, "uniform(keep=0.5)", group=4) as session:
+            session.watch(frames, fps=2.0)
+            answers.append(session.generate("what?", max_new_tokens=6, do_sample=False).cpu())
+            timeline = session.timeline
+    assert torch.equal(*answers)
+    # One clock shows what the host and what the device did.
+    for group in timeline.groups:
+        moments = [group[phase][0] for phase in ("process", "encode", "prefill")]
+        begins, ends = zip(*moments, strict=True)
+        assert all(begin < end for begin, end in moments)
+        assert 0 < begins[0] < begins[1] < begins[2] and ends[0] < ends[1] < ends[2] < 600
 
 
 @pytest.mark.skipif(find_spec("flash_attn") is None, reason="flash-attn is not installed")

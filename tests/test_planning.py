@@ -63,6 +63,21 @@ def test_ask_reports_what_was_planned(name, kind, checkpoint, command, files):
         assert sites == list(planned["media_tokens"]["per_site"].values())
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_omni_moe"])
+def test_a_plan_without_sound_is_that_of_asking_without(name, checkpoint, command, files):
+    arguments = [files.video, "--model", checkpoint(name), "--frames", 4, "--recipe", "none"]
+    arguments += ["--json", "--no-sound"]
+    planned = json.loads(command("plan", *arguments, "--question", "what?").out)
+    asked = command("ask", arguments[0], "what?", *arguments[1:], "--max-new-tokens", 1)
+    found = json.loads(asked.out)
+
+    assert planned["exact"]
+    for what in ("media_tokens", "kv_bytes"):
+        assert planned[what] == found[what], what
+    heard = plan(files.video, str(checkpoint(name)), frames=4, recipe="none")
+    assert heard.media_tokens["before"] > planned["media_tokens"]["before"]
+
+
 @pytest.mark.parametrize("name", sorted(CHECKPOINTS))
 def test_no_weights_are_read_and_no_frame_is_decoded(
     name, checkpoint, files, tmp_path, monkeypatch

@@ -182,6 +182,30 @@ def test_an_answer_tells_what_it_cost(session, files):
     assert len(session.report.calls) == 2  # questions bring no media
 
 
+def test_ten_questions_cost_one_prefill(session, loaded, files):
+    lengths = []
+
+    def note(module, inputs, arguments):
+        lengths.append(arguments["inputs_embeds"].shape[1])
+
+    decoder = loaded.model.get_decoder()
+    hook = decoder.register_forward_pre_hook(note, with_kwargs=True)
+    encoder = loaded.model.model.visual.register_forward_pre_hook(lambda *_: lengths.append(-1))
+    try:
+        session.watch(files.video, frames=8)
+        watched, lengths[:] = list(lengths), []
+        answers = [session.ask(f"what is in part {n}?", max_new_tokens=2) for n in range(10)]
+    finally:
+        hook.remove()
+        encoder.remove()
+
+    assert watched.count(-1) == 2 and max(watched) > 40
+    # A question goes in once, then token after token; no frame is encoded or read again.
+    assert len(lengths) == 20 and -1 not in lengths
+    assert set(lengths[1::2]) == {1} and max(lengths) < 40
+    assert len({answer.kv_bytes["after"] for answer in answers}) == 1
+
+
 @pytest.mark.parametrize(
     "settings, error",
     [
@@ -379,9 +403,9 @@ def test_files_of_others_fail(loaded, files, tmp_path):
 def test_a_newer_format_fails(saved, loaded, tmp_path):
     with safe_open(saved[0], framework="pt") as file:
         metadata = file.metadata()
-    metadata["tokenprune"] = metadata["tokenprune"].replace('"format": 1', '"format": 2')
+    metadata["tokenprune"] = metadata["tokenprune"].replace('"format": 2', '"format": 3')
     save_file(load_file(saved[0]), tmp_path / "new.safetensors", metadata=metadata)
-    with pytest.raises(MediaError, match="is of format 2, .* this one reads format 1"):
+    with pytest.raises(MediaError, match="is of format 3, .* this one reads format 2"):
         load(tmp_path / "new.safetensors", loaded)
 
 

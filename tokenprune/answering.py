@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,11 @@ from torch import Tensor
 from tokenprune.engine import prune
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
 from tokenprune.loading import LoadedModel, Media, check_question, read_media
+from tokenprune.media import Timings
 from tokenprune.recipe import Recipe
 from tokenprune.report import KVBytes, MediaTokens, Report
+from tokenprune.timeline import Timeline
+from tokenprune.timing import Clock
 
 __all__ = ["Answer", "answer", "ask", "default_recipe", "numbers"]
 
@@ -33,6 +37,11 @@ class Answer:
         model: Name of the model.
         report: The full report.
         pictures: `[F, 3, H, W]` uint8, the frames as far as the model saw them, for an overlay.
+        timeline: When each group of frames was decoded, processed, encoded and prefilled; all
+            frames are one group, unless they were watched in several.
+        pictures_decoded: Pictures that came out of decoders: the frames, and those they are built
+            on; 0 if it is no video.
+        bytes_read: Bytes of video packets that were read for them.
     """
 
     answer: str
@@ -44,11 +53,15 @@ class Answer:
     model: str
     report: Report = field(repr=False, compare=False)
     pictures: Tensor = field(repr=False, compare=False)
+    timeline: Timeline = field(repr=False, compare=False)
+    pictures_decoded: int
+    bytes_read: int
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
-        names = ("answer", "media_tokens", "seconds", "kv_bytes", "frames", "recipe", "model")
-        return {name: getattr(self, name) for name in names}
+        names = ("answer", "media_tokens", "seconds", "kv_bytes", "frames", "pictures_decoded")
+        found = {name: getattr(self, name) for name in (*names, "bytes_read", "recipe", "model")}
+        return found | {"timeline": self.timeline.as_list()}
 
 
 def default_recipe(loaded: LoadedModel, media: Media | None = None) -> Recipe:
@@ -71,11 +84,17 @@ def ask(
     recipe: Recipe | str | None = None,
     frames: int | None = None,
     fps: float | None = None,
+    group: int | None = None,
     sound: bool = True,
     max_new_tokens: int = 64,
     streamer: Any = None,
 ) -> Answer:
     """Answer a question about a file.
+
+    With `group` the file is watched by a `Session`: frames are decoded while those before them go
+    through the model, and only the pruned cache stays. Budgets are then of each group, as are
+    `report.calls`. What a session refuses is refused: recipes that depend on the question or weigh
+    the whole video, models whose processor cannot write a video in groups, and sound.
 
     Args:
         loaded: The model.
@@ -84,6 +103,7 @@ def ask(
         recipe: What to prune; None for `default_recipe`.
         frames: Frames to take from a video, evenly spread; 64 if `fps` is not given either.
         fps: Frames per second to take from a video.
+        group: Frames of a video that are prefilled at once; None for all.
         sound: Whether a model that both sees and hears is given a video's sound track as well.
         max_new_tokens: Longest answer.
         streamer: Takes tokens as they come, as in `generate`.
@@ -93,6 +113,22 @@ def ask(
     """
     check_question(question)
     chosen = None if recipe is None else Recipe(recipe)
+    if group is not None:
+        from tokenprune.session import watch_and_ask  # which imports this module
+
+        chosen = default_recipe(loaded) if chosen is None else chosen
+        return watch_and_ask(
+            loaded,
+            path,
+            question,
+            chosen,
+            max_new_tokens,
+            streamer,
+            group=group,
+            frames=frames,
+            fps=fps,
+            sound=sound,
+        )
     media = read_media(path, loaded, frames=frames, fps=fps, sound=sound)
     chosen = default_recipe(loaded, media) if chosen is None else chosen
     return answer(loaded, media, question, chosen, max_new_tokens, streamer)
@@ -113,7 +149,10 @@ def answer(
     """
     if max_new_tokens < 1:
         raise TokenPruneError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    clock = Clock(loaded.adapter.language_model)
+    began = time.perf_counter()
     inputs = loaded.encode(media, question)
+    processed = time.perf_counter()
     length = inputs["input_ids"].shape[1]
     with torch.inference_mode(), prune(loaded.model, recipe) as report:
         output = loaded.model.generate(
@@ -125,12 +164,18 @@ def answer(
             "use a checkpoint whose template knows such files"
         )
     words = loaded.processor.batch_decode(output[:, length:], skip_special_tokens=True)[0]
-    timings = media.video.timings if media.video is not None else None
+    video = media.video
+    timings = Timings(0.0, 0.0) if video is None else video.timings
     seconds = {
-        "index": timings.index_seconds if timings else 0.0,
-        "decode": timings.decode_seconds if timings else 0.0,
+        "index": timings.index_seconds,
+        "decode": timings.decode_seconds,
         "per_token": 0.0,
         **report.seconds,
+    }
+    spans = {
+        "decode": [(clock.of_host(begin), clock.of_host(end)) for begin, end in timings.effort],
+        "process": [(clock.of_host(began), clock.of_host(processed))],
+        **report.spans(clock),
     }
     return Answer(
         answer=words.strip(),
@@ -144,14 +189,22 @@ def answer(
         model=loaded.name,
         report=report,
         pictures=loaded.visible(media),
+        timeline=Timeline((spans,)).from_start(),
+        pictures_decoded=0 if video is None else video.pictures_decoded,
+        bytes_read=0 if video is None else video.bytes_read,
     )
 
 
 def numbers(answers: Sequence[Answer]) -> list[tuple[str, list[str]]]:
     """What answers cost, row by row: its name, and a cell for each answer."""
     sites = list(dict.fromkeys(site for one in answers for site in one.media_tokens["per_site"]))
+    decoded = [
+        ("  pictures decoded", [str(one.pictures_decoded) for one in answers]),
+        ("  bytes read", [_size(one.bytes_read) for one in answers]),
+    ]
     return [
         ("frames", [str(one.frames) for one in answers]),
+        *(decoded if any(one.bytes_read for one in answers) else []),
         ("media tokens", [str(one.media_tokens["before"]) for one in answers]),
         *(
             (f"  after {site}", [_left(one.media_tokens["per_site"].get(site)) for one in answers])

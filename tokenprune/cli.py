@@ -6,6 +6,8 @@ import json
 import logging
 import sys
 import textwrap
+from collections.abc import Callable
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,7 +30,11 @@ app = typer.Typer(
 )
 
 Model = Annotated[str | None, typer.Option(help="Hub name, folder, or built-in model.")]
+Frames = Annotated[int | None, typer.Option(help="Frames, evenly spread.", show_default="64")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Timeline = Annotated[
+    Path | None, typer.Option(help="Picture of when what was decoded and computed.")
+]
 RECIPE_HELP = "Such as 'vflowopt(keep=0.1) + plphp(keep=0.4)'; 'none' prunes nothing."
 
 
@@ -50,13 +56,18 @@ def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     model: Model = None,
     recipe: Annotated[str | None, typer.Option(help=RECIPE_HELP)] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames, evenly spread [default: 64].")] = None,
+    frames: Frames = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second, instead.")] = None,
+    group: Annotated[
+        int | None,
+        typer.Option(help="Frames to prefill at once, while the next ones are decoded."),
+    ] = None,
     sound: Annotated[
         bool, typer.Option(help="Hear a video's sound track, with a model that sees and hears.")
     ] = True,
     compare: Annotated[bool, typer.Option("--compare", help="Ask without pruning too.")] = False,
     overlay: Annotated[Path | None, typer.Option(help="Picture of the kept tokens.")] = None,
+    timeline: Timeline = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
     as_json: Json = False,
 ) -> None:
@@ -66,7 +77,8 @@ def ask(
     from tokenprune.media.files import check_file
     from tokenprune.media.sample import check_amount
     from tokenprune.recipe import Recipe
-    from tokenprune.viz import check_picture, save_picture
+    from tokenprune.session import check_session, watch_and_ask
+    from tokenprune.viz import check_chart, check_picture, save_picture
 
     # A large model takes minutes to load: what can be known before is said before.
     check_file(file)
@@ -74,7 +86,8 @@ def ask(
     if max_new_tokens < 1:
         raise TokenPruneError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
     if file.suffix == ".safetensors":
-        settled = {"recipe": recipe, "frames": frames, "fps": fps, "overlay": overlay}
+        settled: dict[str, object] = {"recipe": recipe, "frames": frames, "fps": fps}
+        settled |= {"group": group, "overlay": overlay, "timeline": timeline}
         given = [f"--{name}" for name, value in settled.items() if value is not None]
         if given := given + ["--compare"] * compare:
             raise TokenPruneError(
@@ -88,23 +101,38 @@ def ask(
     check_amount(frames, fps)
     if overlay is not None:
         check_picture(overlay)
+    if timeline is not None:
+        check_picture(timeline)
+        check_chart()
     chosen = None if recipe is None else Recipe.parse(recipe)
+    if group is not None:
+        _check_group(group, overlay)
+        check_session(chosen or Recipe())
     with tqdm(total=3, bar_format="{desc}", leave=False, disable=as_json) as progress:
         progress.set_description_str("loading the model")
         loaded = load_model(model)
-        progress.set_description_str("reading the file")
-        media = read_media(file, loaded, frames=frames, fps=fps, sound=sound)
-        chosen = default_recipe(loaded, media) if chosen is None else chosen
-        if overlay is not None and not len(media.frames):
-            raise MediaError(f"an overlay needs frames, but {str(file)!r} was only heard")
+        run: Callable[[Recipe, int], Answer]
+        if group is None:
+            progress.set_description_str("reading the file")
+            media = read_media(file, loaded, frames=frames, fps=fps, sound=sound)
+            chosen = default_recipe(loaded, media) if chosen is None else chosen
+            if overlay is not None and not len(media.frames):
+                raise MediaError(f"an overlay needs frames, but {str(file)!r} was only heard")
+            run = partial(answer, loaded, media, question)
+        else:
+            chosen = default_recipe(loaded) if chosen is None else chosen
+            ask_watching = partial(watch_and_ask, group=group, frames=frames, fps=fps, sound=sound)
+            run = partial(ask_watching, loaded, file, question)
         progress.set_description_str("answering")
         if compare:  # seconds are compared after a warm-up
-            answer(loaded, media, question, chosen, min(2, max_new_tokens))
-        found = [answer(loaded, media, question, chosen, max_new_tokens)]
+            run(chosen, min(2, max_new_tokens))
+        found = [run(chosen, max_new_tokens)]
         if compare:
-            found.append(answer(loaded, media, question, Recipe(), max_new_tokens))
+            found.append(run(Recipe(), max_new_tokens))
     if overlay is not None:
         save_picture(found[0].report.overlay(found[0].pictures), overlay)
+    if timeline is not None:
+        found[0].timeline.save(timeline)
     if as_json:
         output = found[0].as_dict()
         if compare:
@@ -114,6 +142,8 @@ def ask(
     typer.echo(table(found))
     if overlay is not None:
         typer.echo(f"kept tokens: {overlay}", err=True)
+    if timeline is not None:
+        typer.echo(f"timeline: {timeline}", err=True)
 
 
 @app.command("plan")
@@ -121,8 +151,9 @@ def plan_file(
     file: Annotated[Path, typer.Argument(help="A video, an image, or a sound.")],
     model: Model = None,
     recipe: Annotated[str | None, typer.Option(help=RECIPE_HELP)] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames, evenly spread [default: 64].")] = None,
+    frames: Frames = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second, instead.")] = None,
+    sound: Annotated[bool, typer.Option(help="Hear a video's sound track, as `ask` does.")] = True,
     question: Annotated[str, typer.Option(help="What will be asked.")] = "What happens?",
     as_json: Json = False,
 ) -> None:
@@ -131,8 +162,20 @@ def plan_file(
 
     if frames is not None and fps is not None:
         raise MediaError(f"give --frames or --fps, got both ({frames} and {fps})")
-    planned = plan(file, model, recipe=recipe, frames=frames, fps=fps, question=question)
+    planned = plan(
+        file, model, recipe=recipe, frames=frames, fps=fps, sound=sound, question=question
+    )
     typer.echo(json.dumps(planned.as_dict()) if as_json else str(planned))
+
+
+def _check_group(group: int, overlay: Path | None) -> None:
+    if group < 1:
+        raise TokenPruneError(f"--group must be at least 1, got {group}")
+    if overlay is not None:
+        raise TokenPruneError(
+            "an overlay needs all frames, but groups are let go once they are watched: leave out "
+            "--overlay or --group"
+        )
 
 
 def _ask_saved(
@@ -159,12 +202,13 @@ def watch_video(
     save: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
     model: Model = None,
     recipe: Annotated[str | None, typer.Option(help=RECIPE_HELP)] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames, evenly spread [default: 64].")] = None,
+    frames: Frames = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second, instead.")] = None,
     group: Annotated[int, typer.Option(help="Frames that are prefilled at once.")] = 8,
+    timeline: Timeline = None,
     as_json: Json = False,
 ) -> None:
-    """Watch a video once and save what is kept: `ask` then answers about the file it writes."""
+    """Watch a video once, without its sound, and save what is kept, for `ask` to answer about."""
     from tokenprune.answering import default_recipe
     from tokenprune.loading import load_model
     from tokenprune.media.files import check_file
@@ -172,9 +216,13 @@ def watch_video(
     from tokenprune.recipe import Recipe
     from tokenprune.session import Session, check_session
     from tokenprune.storage import check_path
+    from tokenprune.viz import check_chart, check_picture
 
     check_file(video)
     check_path(save)
+    if timeline is not None:
+        check_picture(timeline)
+        check_chart()
     if frames is not None and fps is not None:
         raise MediaError(f"give --frames or --fps, got both ({frames} and {fps})")
     check_amount(frames, fps)
@@ -191,20 +239,24 @@ def watch_video(
             session.watch(video, frames=frames, fps=fps)
             progress.set_description_str("saving")
             session.save(save)
+            if timeline is not None:
+                session.timeline.save(timeline)
             found = json.dumps(session.as_dict()) if as_json else str(session)
     typer.echo(found)
     typer.echo(f"saved: {save}", err=True)
+    if timeline is not None:
+        typer.echo(f"timeline: {timeline}", err=True)
 
 
 @app.command("decode")
 def decode_video(
     file: Annotated[Path, typer.Argument(help="A video.")],
-    frames: Annotated[int | None, typer.Option(help="Frames, evenly spread [default: 64].")] = None,
+    frames: Frames = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second, instead.")] = None,
     start: Annotated[float | None, typer.Option(help="Seconds where to begin.")] = None,
     end: Annotated[float | None, typer.Option(help="Seconds where to end.")] = None,
     size: Annotated[str | None, typer.Option(help="Height and width, such as 224x384.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads [default: all cores].")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads.", show_default="all cores")] = None,
     out: Annotated[Path | None, typer.Option(help="An .npy file, or a folder for PNGs.")] = None,
     as_json: Json = False,
 ) -> None:

@@ -28,7 +28,7 @@ from tokenprune.errors import (
     TokenPruneError,
     UnsupportedModelError,
 )
-from tokenprune.media import SizeRule, Video, read_audio, read_video
+from tokenprune.media import SizeRule, Video, probe, read_audio, read_video
 from tokenprune.media.files import check_file
 from tokenprune.models import built_in_models
 from tokenprune.support import check_architecture
@@ -38,6 +38,7 @@ __all__ = [
     "Media",
     "auto_class",
     "check_question",
+    "check_watchable",
     "frame_size",
     "load_model",
     "load_outline",
@@ -89,13 +90,18 @@ class LoadedModel:
             TokenPruneError: The question is empty, or the processor has no chat template.
         """
         return {
-            name: value.to(self.model.device, self.model.dtype)
-            if isinstance(value, Tensor) and value.is_floating_point()
-            else value.to(self.model.device)
-            if isinstance(value, Tensor)
-            else value
+            name: self._place(value) if isinstance(value, Tensor) else value
             for name, value in self.process(media, question).items()
         }
+
+    def _place(self, value: Tensor) -> Tensor:
+        """Copy to the model's device; the host does not wait for an accelerator's copy."""
+        device = self.model.device
+        if device.type == "cuda" and value.device.type == "cpu":
+            # The allocator keeps pinned memory until the copy is done.
+            value = value.pin_memory().to(device, non_blocking=True)
+        dtype = self.model.dtype if value.is_floating_point() else value.dtype
+        return value.to(device, dtype)
 
     def process(self, media: Media, question: str) -> dict[str, Any]:
         """What the processor makes of a question about some media, where the media are.
@@ -175,7 +181,10 @@ class LoadedModel:
         """
         watched = media.video is not None and self.watches
         name = "video_processor" if watched else "image_processor"
-        part = getattr(self.processor, name, None)
+        part: Any = getattr(self.processor, name, None)
+        first_view = getattr(part, "first_view", None)
+        if len(media.frames) and first_view:  # of a processor that shows tiles only
+            return torch.stack([first_view(one) for one in media.frames])
         size, crop = getattr(part, "size", None), getattr(part, "crop_size", None)
         # A tiling processor shows the model all of an image, squeezed into a square.
         if not getattr(part, "do_center_crop", None) or hasattr(part, "image_grid_pinpoints"):
@@ -440,6 +449,27 @@ def read_media(
         track = _sound(path, video.info.start_seconds)
     audio = track if track is not None and len(track) else None
     return Media(video.frames, video=video, audio=audio, sized=size is not None)
+
+
+def check_watchable(path: str | Path, loaded: LoadedModel, *, sound: bool = True) -> None:
+    """Check that nothing of a file is lost if its frames are watched in groups.
+
+    Args:
+        path: A local file.
+        loaded: The model.
+        sound: Whether the model is to be given the sound track as well.
+
+    Raises:
+        MediaError: It is no video, or has a sound track that the model would hear.
+    """
+    check_file(path)
+    if _image(Path(path)) is not None:
+        raise MediaError(f"{str(path)!r} is an image: it has no groups of frames; leave out group")
+    if "audio" in loaded.adapter.modalities and sound and probe(path).has_audio:
+        raise MediaError(
+            f"{loaded.name} would hear the sound track of {str(path)!r}, but frames that come in "
+            "groups are only watched; leave out the sound, or group"
+        )
 
 
 def _sound(path: str | Path, start_seconds: float | None = None) -> Tensor:

@@ -110,9 +110,13 @@ def plan(
     recipe: Recipe | str | None = None,
     frames: int | None = None,
     fps: float | None = None,
+    sound: bool = True,
     question: str = QUESTION,
 ) -> Plan:
     """Say what a recipe will save on a file: from sizes, without weights, frames not decoded.
+
+    It is a plan for asking about all frames at once. With `group` a share of each group is kept,
+    which may round to other counts.
 
     A sound is decoded, because containers do not tell its length to the sample.
 
@@ -122,6 +126,7 @@ def plan(
         recipe: What to prune; None for the default one.
         frames: Frames to take from a video, evenly spread; 64 if `fps` is not given either.
         fps: Frames per second to take from a video.
+        sound: Whether a model that both sees and hears is given a video's sound track as well.
         question: In words; its length counts for operations and bytes.
 
     Raises:
@@ -134,7 +139,7 @@ def plan(
     loaded = load_outline(model)
     # A processor of images wants pixels, if only black ones.
     reader = partial(_outline_video, device="meta" if loaded.watches else "cpu")
-    media = read_media(path, loaded, frames=frames, fps=fps, reader=reader)
+    media = read_media(path, loaded, frames=frames, fps=fps, sound=sound, reader=reader)
     chosen = default_recipe(loaded, media) if chosen is None else chosen
     # Checks the recipe against the model; it is never entered.
     stages = Patch(loaded.model, chosen, "original").stages

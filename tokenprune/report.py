@@ -12,7 +12,8 @@ from torch import Tensor
 from tokenprune.layout import TokenLayout
 from tokenprune.selection import Merge
 from tokenprune.stage import Cache, Site
-from tokenprune.timing import Mark
+from tokenprune.timeline import Span
+from tokenprune.timing import Clock, Mark
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -237,6 +238,24 @@ class Report:
         if self._count > 1:
             found["per_token"] = last[1].seconds_since(text[1]) / (self._count - 1)
         return found
+
+    def spans(self, clock: Clock) -> dict[str, list[Span]]:
+        """When the last prefill that brought media was under way: "encode" and "prefill".
+
+        What ran compiled is not timed.
+        """
+        marks = {
+            "encode": self._encoding,
+            "prefill": [] if self._prefill is None else [self._prefill],
+        }
+        return {
+            name: [
+                (clock.of(begin), clock.of(end))
+                for begin, end in pairs
+                if not math.isnan(end.seconds_since(begin))
+            ]
+            for name, pairs in marks.items()
+        }
 
     def overlay(self, frames: Any, *, sample: int = 0, columns: int | None = None) -> Image:
         """A picture of the frames in which dropped tokens are dark.

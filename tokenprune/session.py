@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,18 +14,21 @@ from transformers import PreTrainedModel
 
 import tokenprune
 from tokenprune.answering import Answer
+from tokenprune.cache import cache_bytes, full_cache_bytes
 from tokenprune.engine import Patch
 from tokenprune.errors import MediaError, RecipeError, TokenPruneError, UnsupportedModelError
-from tokenprune.loading import LoadedModel, check_question
+from tokenprune.loading import LoadedModel, check_question, check_watchable
 from tokenprune.recipe import Recipe
 from tokenprune.report import KVBytes, MediaTokens, Report
 from tokenprune.rollback import Bookmark, cache_from_state, cache_state
 from tokenprune.stage import Method
 from tokenprune.storage import check_identity, check_path, identity, read, write
 from tokenprune.streaming import Pace, Script, Tokens
+from tokenprune.timeline import Timeline
+from tokenprune.timing import Clock
 from tokenprune.watching import WatchedGroup, Watcher
 
-__all__ = ["Session", "check_session"]
+__all__ = ["Session", "check_session", "watch_and_ask"]
 
 _RESERVED = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
 
@@ -119,15 +122,34 @@ class Session:
         groups = self._watcher.groups
         return groups[-1].kv_bytes if groups else {"before": 0, "after": 0}
 
+    @property
+    def timeline(self) -> Timeline:
+        """When each group was decoded, processed, encoded and prefilled."""
+        return Timeline(tuple(group.spans for group in self._watcher.groups))
+
+    @property
+    def pictures_decoded(self) -> int:
+        """Pictures that came out of decoders: the frames watched, and those they are built on."""
+        return self._watcher.pictures_decoded
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of video packets that were read from files."""
+        return self._watcher.bytes_read
+
     def as_dict(self) -> dict[str, Any]:
         """What was watched and what it cost, group by group."""
+        groups = [asdict(group) for group in self._watcher.groups]
         return {
             "frames": self.frames,
             "media_tokens": self.media_tokens,
             "kv_bytes": self.kv_bytes,
+            "pictures_decoded": self.pictures_decoded,
+            "bytes_read": self.bytes_read,
             "recipe": str(self.recipe),
             "model": self._loaded.name,
-            "groups": [asdict(group) for group in self._watcher.groups],
+            "groups": [{k: v for k, v in group.items() if k != "spans"} for group in groups],
+            "timeline": self.timeline.as_list(),
         }
 
     def __str__(self) -> str:
@@ -140,6 +162,7 @@ class Session:
         lines = [
             f"recipe        {self.recipe}",
             f"frames        {self.frames} in {len(groups)} groups",
+            f"decoded       {self.pictures_decoded} pictures, {self.bytes_read / 2**20:.1f} MiB",
             f"media tokens  {tokens['before']} -> {tokens['after']}",
             f"KV cache      {' -> '.join(mebibytes)}",
             f"seconds       {', '.join(spent)}",
@@ -157,10 +180,12 @@ class Session:
         *,
         frames: int | None = None,
         fps: float | None = None,
+        workers: int | None = None,
     ) -> list[WatchedGroup]:
         """Watch a video file, or frames as they arrive; may be called again and again.
 
-        Frames of a file are decoded while those before them are prefilled. Frames that are given
+        Frames of a file are decoded while those before them are prefilled, at most three groups
+        ahead: decoding waits for a model that is slow. Frames that are given
         wait until a group is full; a question, `save` and a file do not wait. All frames of a
         session are one clip at one rate and size: later ones are brought to the size of the first.
 
@@ -169,6 +194,7 @@ class Session:
             frames: Frames to take from a file, evenly spread; 64 if `fps` is not given either.
             fps: Frames per second to take from a file; or those of the frames that are given,
                 which must be told the first time.
+            workers: How many decode a file at a time; None for one on each core we may use.
 
         Returns:
             What became of the groups that were prefilled by this call.
@@ -180,11 +206,13 @@ class Session:
         self._check_open()
         before = len(self._watcher.groups)
         if not isinstance(source, Tensor):
-            self._watcher.watch_file(source, frames, fps)
-        elif frames is None:
+            self._watcher.watch_file(source, frames, fps, workers)
+        elif frames is None and workers is None:
             self._watcher.watch_frames(source, fps)
-        else:
+        elif workers is None:
             raise MediaError(f"frames={frames} chooses from a file; give the frames you want")
+        else:
+            raise MediaError(f"workers={workers} decode files; leave it out for frames")
         return self._watcher.groups[before:]
 
     # -- asking
@@ -234,6 +262,9 @@ class Session:
             model=self._loaded.name,
             report=report,
             pictures=torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
+            timeline=self.timeline,
+            pictures_decoded=self.pictures_decoded,
+            bytes_read=self.bytes_read,
         )
 
     def generate(self, question: str, **settings: Any) -> Any:
@@ -328,6 +359,8 @@ class Session:
             "sized": watcher.sized,
             "source_frames": watcher.source_frames,
             "counted": watcher.counted,
+            "pictures_decoded": watcher.pictures_decoded,
+            "bytes_read": watcher.bytes_read,
             "script": script.as_dict(),
         }
         write(path, tensors, header)
@@ -381,7 +414,10 @@ class Session:
         watcher.source_frames = header["source_frames"]
         items, canvases, frames = header["counted"]
         watcher.counted = items, canvases, frames
+        watcher.pictures_decoded = header["pictures_decoded"]
+        watcher.bytes_read = header["bytes_read"]
         watcher.groups = [WatchedGroup(**group) for group in header["groups"]]
+        watcher.clock = Clock(language_model, at=_end(watcher.groups))
         return session
 
     # -- the end
@@ -407,6 +443,59 @@ class Session:
             raise TokenPruneError("this session is closed; make a new one, or load a saved one")
 
 
+def watch_and_ask(
+    loaded: LoadedModel,
+    path: str | Path,
+    question: str,
+    recipe: Recipe,
+    max_new_tokens: int = 64,
+    streamer: Any = None,
+    *,
+    group: int = 8,
+    frames: int | None = None,
+    fps: float | None = None,
+    sound: bool = True,
+) -> Answer:
+    """Watch a file group by group and answer one question about it; see `tokenprune.answering.ask`.
+
+    Returns:
+        The answer. Its seconds are those of watching and of the question together: "decode" is the
+        time that the model waited for frames.
+
+    Raises:
+        TokenPruneError: Something about the file, the question, the recipe or the model.
+    """
+    check_question(question)
+    with Session(loaded.model, loaded.processor, recipe, group=group, name=loaded.name) as session:
+        check_watchable(path, loaded, sound=sound)
+        groups = session.watch(path, frames=frames, fps=fps)
+        size = _SizeAfterPrefill(session._watcher)
+        found = session.ask(
+            question, max_new_tokens=max_new_tokens, streamer=streamer, logits_processor=[size]
+        )
+    names = ("index", "decode", "encode", "prefill")
+    watching = {name: sum(getattr(one, f"{name}_seconds") for one in groups) for name in names}
+    return replace(
+        found,
+        kv_bytes=size.kv_bytes,
+        seconds={name: spent + watching.get(name, 0.0) for name, spent in found.seconds.items()},
+    )
+
+
+class _SizeAfterPrefill:
+    """Measures the cache when `generate` has read the question, where it asks for logits."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self.kv_bytes: KVBytes = {"before": 0, "after": 0}
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        cache = self._watcher.cache
+        if cache is not None and not self.kv_bytes["after"]:
+            self.kv_bytes = {"before": full_cache_bytes(cache), "after": cache_bytes(cache)}
+        return scores
+
+
 def check_session(recipe: Recipe) -> None:
     """Check that a recipe can be followed group by group.
 
@@ -424,6 +513,12 @@ def check_session(recipe: Recipe) -> None:
                 f"{method.name} weighs a whole video at once, but a session sees only groups; "
                 "use it with `prune`, or a method that decides within a group, such as vflowopt"
             )
+
+
+def _end(groups: list[WatchedGroup]) -> float:
+    """When the last of what was timed ended."""
+    spans = [span for group in groups for phase in group.spans.values() for span in phase]
+    return max((end for _, end in spans), default=0.0)
 
 
 def _check_watches(loaded: LoadedModel) -> None:

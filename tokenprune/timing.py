@@ -8,7 +8,7 @@ import time
 import torch
 from torch import nn
 
-__all__ = ["Mark"]
+__all__ = ["Clock", "Mark"]
 
 
 class Mark:
@@ -31,3 +31,31 @@ class Mark:
             return self._seconds - earlier._seconds
         self._event.synchronize()
         return float(earlier._event.elapsed_time(self._event)) / 1000.0
+
+    def later(self, seconds: float) -> float:
+        """Seconds from this moment to when `time.perf_counter` shows some."""
+        return seconds - self._seconds
+
+
+class Clock:
+    """One time for what the host does and what the device of a module does.
+
+    Args:
+        module: Whose device counts.
+        at: The time it shows now, in seconds.
+    """
+
+    def __init__(self, module: nn.Module, at: float = 0.0) -> None:
+        parameter = next(module.parameters(), None)
+        if parameter is not None and parameter.device.type == "cuda":
+            torch.cuda.synchronize(parameter.device)  # from here on both are at the same moment
+        self._start = Mark(module)
+        self._at = at
+
+    def of(self, mark: Mark) -> float:
+        """Seconds it showed at a moment; nan if that is of no time."""
+        return self._at + mark.seconds_since(self._start)
+
+    def of_host(self, seconds: float) -> float:
+        """Seconds it showed when `time.perf_counter` showed some."""
+        return self._at + self._start.later(seconds)

@@ -1,4 +1,4 @@
-"""Pictures of what was kept."""
+"""Pictures of what was kept, and of where the time went."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from tokenprune.errors import MediaError
+from tokenprune.errors import MediaError, MissingExtraError
 from tokenprune.layout import AUDIO, TokenLayout
+from tokenprune.timeline import PHASES, Span, Timeline
 
-__all__ = ["check_picture", "overlay", "save_picture"]
+__all__ = ["chart", "check_chart", "check_picture", "overlay", "save_picture"]
 
 _GAP = 4
 _LARGEST = 1600  # pixels that a side of the whole picture may have
 _MOST_FRAMES = 64
 _CELL_WIDTH = 200  # pixels that a small frame is enlarged to
 _DARK = 0.16  # brightness of what is gone
+_BAR = 0.8  # height of the bars of a line
 
 
 def overlay(
@@ -156,3 +158,74 @@ def _tile(pictures: list[Image.Image], columns: int | None) -> Image.Image:
     if factor < 1:
         whole = whole.resize((int(whole.width * factor), int(whole.height * factor)))
     return whole
+
+
+def chart(timeline: Timeline) -> Image.Image:
+    """Draw a timeline: a line for each phase, a bar for each span, a colour for each group.
+
+    Spans of one phase that overlap, as those of several decoding workers, lie above each other.
+
+    Args:
+        timeline: With at least one span.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    check_chart()
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    colours = colormaps["tab10"].colors  # type: ignore[attr-defined]  # of listed maps only
+    figure = Figure(figsize=(12, 3.6), dpi=120, layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    last = max(span[1] for group in timeline.groups for spans in group.values() for span in spans)
+    for line, phase in enumerate(PHASES):
+        spans = [
+            (span, number)
+            for number, group in enumerate(timeline.groups)
+            for span in group.get(phase, ())
+        ]
+        lanes = _lanes([span for span, _ in spans])
+        height = _BAR / (max(lanes, default=0) + 1)
+        for ((begin, end), number), lane in zip(spans, lanes, strict=True):
+            top = line - _BAR / 2 + lane * height
+            colour = colours[number % len(colours)]
+            axes.broken_barh([(begin, end - begin)], (top, height), facecolors=colour)
+            if end - begin > last / 50:
+                middle = (begin + end) / 2, top + height / 2
+                axes.text(*middle, str(number), ha="center", va="center", fontsize=7)
+    axes.set_yticks(range(len(PHASES)), PHASES)
+    axes.set_ylim(len(PHASES) - 0.5, -0.5)
+    axes.set_xlim(0, last)
+    axes.set_xlabel("seconds")
+    axes.set_title(f"{len(timeline.groups)} groups of frames, by number", fontsize=10)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def check_chart() -> None:
+    """Check that timelines can be drawn.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.backends.backend_agg  # noqa: F401
+    except Exception as error:  # broken installations raise more than ImportError
+        raise MissingExtraError(
+            'timelines need matplotlib: pip install "tokenprune-mm[plot]"'
+        ) from error
+
+
+def _lanes(spans: Sequence[Span]) -> list[int]:
+    """For each span the first lane in which nothing lies beside it."""
+    ends: list[float] = []
+    lanes = [0] * len(spans)
+    for number in sorted(range(len(spans)), key=lambda one: spans[one]):
+        begin, end = spans[number]
+        free = (lane for lane, until in enumerate(ends) if until <= begin)
+        lane = next(free, len(ends))
+        ends[lane : lane + 1] = [end]
+        lanes[number] = lane
+    return lanes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,8 @@ from tokenprune.media import stream_video
 from tokenprune.report import KVBytes, MediaTokens
 from tokenprune.rollback import Bookmark
 from tokenprune.streaming import Group, Pace, Script, Tokens, temporal_patch
+from tokenprune.timeline import Phases
+from tokenprune.timing import Clock
 
 __all__ = ["WatchedGroup", "Watcher"]
 
@@ -35,10 +38,12 @@ class WatchedGroup:
         media_tokens: Counts before and after pruning, and what each site let through.
         kv_bytes: Bytes of the whole cache after it: unpruned, and as measured.
         began_seconds: When the session began to wait for it, since the session was made.
+        index_seconds: The time to index a file, with its first group.
         decode_seconds: The time waited for its frames; 0 for frames that were given.
         process_seconds: The processor's time.
         encode_seconds: The encoder's time.
         prefill_seconds: The language model's time, pruning included.
+        spans: When what was under way, see `Timeline`. Decoding ran before the session waited.
     """
 
     first_frame: int
@@ -46,10 +51,12 @@ class WatchedGroup:
     media_tokens: MediaTokens
     kv_bytes: KVBytes
     began_seconds: float
+    index_seconds: float
     decode_seconds: float
     process_seconds: float
     encode_seconds: float
     prefill_seconds: float
+    spans: Phases
 
 
 class Watcher:
@@ -70,6 +77,9 @@ class Watcher:
         sized: Whether that is the size to which the processor would bring them.
         source_frames: Frames of the source that went by, watched or not.
         counted: Items, canvases and frames that layouts have told so far.
+        pictures_decoded: Pictures that decoders gave, of all files.
+        bytes_read: Bytes of their packets that were read.
+        clock: Shows the seconds since the session was made.
     """
 
     def __init__(self, loaded: LoadedModel, patch: Patch, group: int) -> None:
@@ -77,7 +87,7 @@ class Watcher:
         self._loaded = loaded
         self._patch = patch
         self.group = group
-        self._started = time.perf_counter()
+        self.clock = Clock(patch.adapter.language_model)
         self.forget()
 
     def forget(self) -> None:
@@ -91,6 +101,7 @@ class Watcher:
         self.sized = False
         self.source_frames = 0
         self.counted = (0, 0, 0)
+        self.pictures_decoded = self.bytes_read = 0
         self._waiting: list[Tensor] = []
 
     @property
@@ -99,7 +110,11 @@ class Watcher:
         return sum(group.frames for group in self.groups) + sum(map(len, self._waiting))
 
     def watch_file(
-        self, path: str | os.PathLike[str], frames: int | None, fps: float | None
+        self,
+        path: str | os.PathLike[str],
+        frames: int | None,
+        fps: float | None,
+        workers: int | None,
     ) -> None:
         """Prefill the chosen frames of a file, group by group, as they are decoded."""
         rule = frame_size(self._loaded.processor)
@@ -113,20 +128,30 @@ class Watcher:
             return (height, width) if rule is None else rule(height, width, count)
 
         offset = self.source_frames
+        pictures, size_bytes = self.pictures_decoded, self.bytes_read
         groups = stream_video(
-            path, group=self.group, first_group=self.group, frames=frames, fps=fps, size=size
+            path,
+            group=self.group,
+            first_group=self.group,
+            frames=frames,
+            fps=fps,
+            size=size,
+            workers=workers,
         )
-        for video in groups:
-            info = video.info
-            pace = Pace(info.average_fps, planned / info.frame_count * info.average_fps)
-            if self.pace is None:
-                self._begin(video.frames, rule is not None, pace)
-            self._check_rate(pace.sampled_fps)
-            assert self.pace is not None
-            scale = self.pace.source_fps / pace.source_fps
-            indices = offset + (video.indices * scale).round().long()
-            self.source_frames = offset + round(info.frame_count * scale)
-            self._prefill(Group.of(video.frames, indices, self.pace, video.timings))
+        with closing(groups):  # or the workers would go on until an error is forgotten
+            for video in groups:
+                info = video.info
+                pace = Pace(info.average_fps, planned / info.frame_count * info.average_fps)
+                if self.pace is None:
+                    self._begin(video.frames, rule is not None, pace)
+                self._check_rate(pace.sampled_fps)
+                assert self.pace is not None
+                scale = self.pace.source_fps / pace.source_fps
+                indices = offset + (video.indices * scale).round().long()
+                self.source_frames = offset + round(info.frame_count * scale)
+                self.pictures_decoded = pictures + video.pictures_decoded
+                self.bytes_read = size_bytes + video.bytes_read
+                self._prefill(Group.of(video.frames, indices, self.pace, video.timings))
 
     def watch_frames(self, frames: Tensor, fps: float | None) -> None:
         """Prefill full groups of frames; what is left of them waits for more."""
@@ -155,6 +180,8 @@ class Watcher:
         self._waiting.append(self._resize(frames, self.size))
         while sum(map(len, self._waiting)) >= self.group:
             self._prefill_waiting(self.group)
+        # What waits must not keep alive what went by.
+        self._waiting = [one.clone() for one in self._waiting]
 
     def _begin(self, frames: Tensor, sized: bool, pace: Pace) -> None:
         """Settle what all frames have in common."""
@@ -188,8 +215,8 @@ class Watcher:
 
     def _prefill_waiting(self, count: int) -> None:
         assert self.pace is not None
-        frames = torch.cat(self._waiting)
-        self._waiting = [frames[count:].clone()] if len(frames) > count else []
+        frames = torch.cat(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
+        self._waiting = [frames[count:]] if len(frames) > count else []
         step = self.pace.source_fps / self.pace.sampled_fps
         indices = self.source_frames + (torch.arange(count) * step).round().long()
         self._prefill(Group.of(frames[:count], indices, self.pace))
@@ -224,18 +251,25 @@ class Watcher:
         if calls:  # what the group before decided holds from here on
             self._patch.report.calls[calls - 1].length -= closing
         self._locate()
-        seconds = self._patch.report.seconds
+        seconds, timings = self._patch.report.seconds, group.timings
+        spans = {
+            "decode": [(self.clock.of_host(a), self.clock.of_host(b)) for a, b in timings.effort],
+            "process": [(self.clock.of_host(began), self.clock.of_host(processed))],
+            **self._patch.report.spans(self.clock),
+        }
         self.groups.append(
             WatchedGroup(
                 first_frame=sum(one.frames for one in self.groups),
                 frames=len(group.frames),
                 media_tokens=self._patch.report.last.media_tokens,
                 kv_bytes={"before": full_cache_bytes(cache), "after": cache_bytes(cache)},
-                began_seconds=began - group.timings.decode_seconds - self._started,
-                decode_seconds=group.timings.decode_seconds,
+                began_seconds=self.clock.of_host(began - timings.decode_seconds),
+                index_seconds=timings.index_seconds,
+                decode_seconds=timings.decode_seconds,
                 process_seconds=processed - began,
                 encode_seconds=seconds["encode"],
                 prefill_seconds=seconds["prefill"],
+                spans=spans,
             )
         )
 

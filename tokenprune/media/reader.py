@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -164,7 +164,7 @@ class VideoReader:
         start: float | None = None,
         end: float | None = None,
         size: Size = None,
-    ) -> Iterator[Video]:
+    ) -> Generator[Video, None, None]:
         """Decode chosen frames in groups; the arguments are those of `stream_video`."""
         first = min(FIRST_GROUP, group) if first_group is None else first_group
         if group < 1:
@@ -187,7 +187,9 @@ class VideoReader:
             )
         return self._groups(request, asked, lambda count: group_bounds(count, group, first))
 
-    def _groups(self, request: Request, asked: Ints, cut: Callable[[int], Ints]) -> Iterator[Video]:
+    def _groups(
+        self, request: Request, asked: Ints, cut: Callable[[int], Ints]
+    ) -> Generator[Video, None, None]:
         """The groups of what is asked for, in order of presentation, each frame once."""
         ranks = np.unique(asked)
         size = resolve_size(request.size, self.info, len(asked))
@@ -195,7 +197,7 @@ class VideoReader:
 
     def _decode(
         self, request: Request, ranks: Ints, size: tuple[int, int], cut: Callable[[int], Ints]
-    ) -> Iterator[Video]:
+    ) -> Generator[Video, None, None]:
         bounds = cut(len(ranks))
         decoder = self._decoder(ranks, size, bounds)
         given = 0
@@ -311,7 +313,7 @@ def stream_video(
     worker_kind: WorkerKind | None = None,
     backend: Backend = "pyav",
     timeout_seconds: float = TIMEOUT_SECONDS,
-) -> Iterator[Video]:
+) -> Generator[Video, None, None]:
     """Decode chosen frames in groups, in order, while the caller works on those before.
 
     Takes the arguments of `read_video`, but frames must be asked for in order, each once. At most
