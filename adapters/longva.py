@@ -1,7 +1,16 @@
 """LongVA: original checkpoints, written anew as what transformers can load.
 
 LongVA projects the patches of a frame and then averages them two by two; so does PerceptionLM.
-On a CLIP tower without the layers behind the features, its architecture is LongVA's.
+On a CLIP tower without the layers behind the features, its architecture is LongVA's: 144 tokens of
+a frame of 336 pixels, one after the other, with nothing between frames. To LongVA an image is a
+video of its tiles. They are cut by its own rule, which is LLaVA-NeXT's without the view of the
+whole; the image processor for that, which transformers lacks, is here. transformers alone refuses
+to load it: load by `tokenprune.loading.load_model`, or import this module before.
+
+Differences that remain: pictures are resized by torchvision, as transformers does, where LongVA
+uses PIL (both bicubic, a level of 255 apart at most here and there), and by the decoder where it
+resizes frames (see `read_video`). Images of one prompt must have equally many tiles, since
+PerceptionLM takes them in one tensor.
 """
 
 from __future__ import annotations
@@ -9,15 +18,16 @@ from __future__ import annotations
 import ast
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
+from torch import Tensor
 
 from tokenprune.conversion import plan_weights, weight_files, write_weights
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
 
-__all__ = ["convert"]
+__all__ = ["LongVAImageProcessor", "convert"]
 
 TOWERS: dict[str, dict[str, int]] = {
     "openai/clip-vit-large-patch14-336": {
@@ -40,6 +50,7 @@ DEMANDS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "mm_spatial_pool_mode": ("average", ("average",)),
     "mm_spatial_pool_stride": (2, (2,)),
     "mm_vision_select_feature": ("patch", ("patch",)),
+    "image_aspect_ratio": (None, ("anyres",)),
 }
 
 RENAMED = {
@@ -72,12 +83,42 @@ CHAT = (
 )
 
 
+class LongVAImageProcessor(transformers.LlavaNextImageProcessor):  # type: ignore[misc]
+    """Cuts images into tiles as LongVA does: padded to the best grid, no view of the whole."""
+
+    model_input_names: ClassVar[list[str]] = ["pixel_values"]
+
+    def preprocess(self, images: Any, *args: Any, **settings: Any) -> Any:
+        """Images to `pixel_values`: `[tiles, 3, H, W]` each."""
+        kind = settings.pop("return_tensors", None)
+        found = super().preprocess(images, *args, **{**settings, "do_pad": False})
+        tiles = [one[1:] for one in found["pixel_values"]]  # the first is the view of the whole
+        return transformers.BatchFeature({"pixel_values": tiles}, tensor_type=kind)
+
+    def first_view(self, picture: Tensor) -> Tensor:
+        """What the first tile shows of a picture `[3, h, w]` uint8: `[3, H, W]` uint8."""
+        plain = {"do_rescale": False, "do_normalize": False}
+        tile: Tensor = self.preprocess([picture], **plain)["pixel_values"][0][0]
+        return tile.to(torch.uint8)
+
+
+class _Tiled(transformers.PerceptionLMConfig):  # type: ignore[misc]
+    """Stands in the registry for checkpoints that are found by the name of their processor."""
+
+
+class _Named(dict[str, type]):
+    """As transformers keeps image processors, with the name by which it looks for other kinds."""
+
+    __name__ = ""
+
+
+transformers.AutoImageProcessor.register(
+    _Tiled, image_processor_classes=_Named(torchvision=LongVAImageProcessor)
+)
+
+
 def convert(source: Path, out: Path, tower: Path | None = None) -> None:
     """Write an original LongVA checkpoint as a PerceptionLM model with its processor.
-
-    Videos are encoded as LongVA encodes them. Images are not quite: they are tiled by
-    PerceptionLM's rule, stretched to fill the tiles, and preceded by a view of the whole, where
-    LongVA pads and shows tiles alone.
 
     Args:
         source: Folder with config.json, tokenizer and safetensors.
@@ -243,8 +284,11 @@ def _processor(tokenizer: Any, config: Any, pinpoints: Any) -> Any:
     clip = transformers.CLIPImageProcessor()
     statistics = {"image_mean": clip.image_mean, "image_std": clip.image_std}
     return transformers.PerceptionLMProcessor(
-        image_processor=transformers.PerceptionLMImageProcessor(
-            size=square, tile_size=side, max_num_tiles=_most_tiles(pinpoints, side), **statistics
+        image_processor=LongVAImageProcessor(
+            size={"shortest_edge": side},
+            crop_size=square,
+            image_grid_pinpoints=_grids(pinpoints, side),
+            **statistics,
         ),
         video_processor=transformers.PerceptionLMVideoProcessor(
             size={"shortest_edge": side}, do_center_crop=True, crop_size=square, **statistics
@@ -256,16 +300,19 @@ def _processor(tokenizer: Any, config: Any, pinpoints: Any) -> Any:
     )
 
 
-def _most_tiles(pinpoints: Any, side: int) -> int:
-    """The most tiles that an image of LongVA may have."""
+def _grids(pinpoints: Any, side: int) -> list[list[int]]:
+    """Heights and widths that an image may be padded to, in LongVA's order: the first wins ties."""
     try:
         sizes = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
-        return int(max(width // side * (height // side) for width, height in sizes))
+        grids = [[int(height), int(width)] for width, height in sizes]
+        if not grids or any(edge < side or edge % side for grid in grids for edge in grid):
+            raise ValueError
     except (SyntaxError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
-            "image_grid_pinpoints must be a list of [width, height] in pixels, "
-            f"got {pinpoints!r}; correct config.json"
+            "image_grid_pinpoints must be a list of [width, height] in pixels, whole tiles of "
+            f"{side}, got {pinpoints!r}; correct config.json"
         ) from error
+    return grids
 
 
 def _generation(source: Path, tokenizer: Any) -> Any:

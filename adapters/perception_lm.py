@@ -19,7 +19,8 @@ class PerceptionLM(Adapter):
     """PerceptionLM, and LongVA, which `tokenprune convert longva` writes as one on a CLIP tower.
 
     How the tiles of an image lie is not among the model's inputs: each tile is a canvas of its
-    own, the whole picture the first one. The model is not told when its frames were taken.
+    own. PerceptionLM shows the whole picture first; LongVA shows tiles alone, so that a picture of
+    what was kept is one of its first tile. The model is not told when its frames were taken.
     """
 
     model_types = ("perception_lm",)

@@ -23,7 +23,8 @@ SOUNDS = [*((name, "sound") for name in HEARING), ("qwen2_audio", "video")]
 CROPPING = ("llava", "video_llava", "vipllava")
 """Families whose processors crop images to a square."""
 
-KEYS = ["answer", "media_tokens", "seconds", "kv_bytes", "frames", "recipe", "model"]
+KEYS = ["answer", "media_tokens", "seconds", "kv_bytes", "frames", "pictures_decoded"]
+KEYS += ["bytes_read", "recipe", "model", "timeline"]
 SECONDS = ["index", "decode", "encode", "prefill", "per_token"]
 
 
@@ -34,6 +35,9 @@ def check_answer(found: dict[str, Any]) -> None:
     assert list(found["seconds"]) == SECONDS
     assert list(found["kv_bytes"]) == ["before", "after"]
     assert isinstance(found["answer"], str)
+    (group,) = found["timeline"]
+    assert list(group) == ["decode", "process", "encode", "prefill"]
+    assert bool(group["decode"]) == (found["bytes_read"] > 0) == (found["pictures_decoded"] > 0)
     assert all(found["seconds"][name] > 0 for name in ("encode", "prefill", "per_token"))
     tokens, size = found["media_tokens"], found["kv_bytes"]
     if found["recipe"] == "none":
@@ -65,8 +69,9 @@ def test_ask_about_an_image(name, checkpoint, command, files, tmp_path):
     assert found["seconds"]["index"] == found["seconds"]["decode"] == 0
     assert (found["frames"], found["model"]) == (1, str(folder))
     with Image.open(overlay) as picture:
-        # A square that a processor crops to is small enough to be enlarged.
-        assert picture.size == ((180, 180) if name in CROPPING else (160, 90))
+        # A square that a processor crops to, or a tile, is small enough to be enlarged.
+        sizes = dict.fromkeys(CROPPING, (180, 180)) | {"longva": (4 * 56, 4 * 56)}
+        assert picture.size == sizes.get(name, (160, 90))
 
 
 @pytest.mark.parametrize("name", SEEING)

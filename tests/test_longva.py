@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
@@ -19,7 +24,7 @@ from tests.tiny import IMAGE, VIDEO, VOCABULARY, build
 from tokenprune.adapters.longva import convert
 from tokenprune.conversion import find_converter
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
-from tokenprune.loading import load_model
+from tokenprune.loading import Media, load_model
 
 
 @pytest.fixture
@@ -138,6 +143,112 @@ def test_processor_writes_the_chat_and_the_tokens_of_frames(
     torch.testing.assert_close(inputs["pixel_values_videos"][0], expected)
 
 
+def tiles_as_published(picture: Image.Image, grids: list[tuple[int, int]]) -> list[Image.Image]:
+    """Tiles of 56 pixels: shrunk or enlarged into the best of some sizes, in the middle of black.
+
+    The best shows most of the picture's pixels, then wastes least.
+    """
+    wide, high = picture.size
+
+    def rank(grid: tuple[int, int]) -> tuple[int, int]:
+        scale = min(grid[0] / wide, grid[1] / high)
+        shown = min(int(wide * scale) * int(high * scale), wide * high)
+        return shown, shown - grid[0] * grid[1]
+
+    width, height = max(grids, key=rank)  # the first of several
+    if width / wide < height / high:
+        size = width, min(math.ceil(high * width / wide), height)
+    else:
+        size = min(math.ceil(wide * height / high), width), height
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(picture.resize(size), ((width - size[0]) // 2, (height - size[1]) // 2))
+    return [
+        canvas.crop((left, top, left + 56, top + 56))
+        for top in range(0, height, 56)
+        for left in range(0, width, 56)
+    ]
+
+
+GRIDS = [(56, 112), (112, 56), (112, 112)]  # of the synthetic original
+
+
+@pytest.mark.parametrize(
+    ("size", "tiles"),
+    [
+        ((112, 56), 2),
+        ((56, 112), 2),
+        ((112, 112), 4),
+        ((40, 112), 2),
+        ((90, 70), 4),
+        ((300, 40), 2),
+    ],
+)
+def test_images_are_tiled_as_published(
+    size: tuple[int, int], tiles: int, original: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, tower = original
+    convert(source, tmp_path / "out", tower)
+    loaded = load_model(str(tmp_path / "out"), device="cpu")
+    # Smooth, since PIL and torchvision differ where pictures are sharp.
+    noise = numpy.random.default_rng(0).integers(0, 255, (4, 4, 3), dtype=numpy.uint8)
+    picture = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    expected = tiles_as_published(picture, GRIDS)
+    clip = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
+    )
+    wanted = clip(expected, return_tensors="pt")["pixel_values"]
+    text = loaded.prompt([{"type": "image"}], "What?")
+    assert "<image>\nWhat?" in text
+    inputs = loaded.processor(text=[text], images=[picture], return_tensors="pt")
+
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
+    assert inputs["pixel_values"].shape == (1, tiles, 3, 56, 56)
+    exact = size in GRIDS
+    # Of 255 levels PIL and torchvision round to different ones.
+    levels = (inputs["pixel_values"][0] - wanted).abs() * 255 * 0.27
+    assert levels.max() < (0.01 if exact else 3) and levels.mean() < 0.3
+    assert int((inputs["input_ids"] == IMAGE).sum()) == tiles * 4
+    model: Any = loaded.model
+    with torch.no_grad():
+        found = model.model.get_image_features(wanted[None], return_dict=True).pooler_output
+    torch.testing.assert_close(found, frames_as_published(source, tower, wanted), rtol=0, atol=1e-5)
+
+
+def test_a_picture_of_what_was_kept_is_one_of_the_first_tile(
+    original: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, tower = original
+    convert(source, tmp_path / "out", tower)
+    loaded = load_model(str(tmp_path / "out"), device="cpu")
+    noise = numpy.random.default_rng(0).integers(0, 255, (112, 112, 3), dtype=numpy.uint8)
+    picture = torch.from_numpy(noise).permute(2, 0, 1)
+    (shown,) = loaded.visible(Media(picture[None]))
+
+    assert torch.equal(shown, picture[:, :56, :56])
+
+
+def test_transformers_alone_does_not_guess(original: tuple[Path, Path], tmp_path: Path) -> None:
+    source, tower = original
+    convert(source, tmp_path / "out", tower)
+    script = (
+        "import sys, transformers\n"
+        "try:\n"
+        "    transformers.AutoProcessor.from_pretrained(sys.argv[1])\n"
+        "except Exception as error:\n"
+        "    print(error)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "out")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert "Unrecognized image processor in" in ran.stdout
+
+
+def test_processors_of_others_are_looked_for_as_before() -> None:
+    """The registry of transformers stumbles over what it registered itself, if that has no name."""
+    with pytest.raises(ValueError, match="Could not find module Nothing"):
+        transformers.ProcessorMixin.get_possibly_dynamic_module("Nothing")
+
+
 def test_command_converts(original: tuple[Path, Path], command: Any, files: Any) -> None:
     source, tower = original
     ran = command("convert", "longva", source, "--tower", tower)
@@ -196,6 +307,7 @@ def test_what_is_computed_anew_is_left_behind(original: tuple[Path, Path], tmp_p
         ("mm_spatial_pool_mode", "max"),
         ("mm_spatial_pool_stride", 3),
         ("mm_vision_select_feature", "cls_patch"),
+        ("image_aspect_ratio", "pad"),
     ],
 )
 def test_other_models_fail(
@@ -218,7 +330,7 @@ def test_layer_outside_the_tower_fails(
         convert(source, tmp_path / "out", tower)
 
 
-@pytest.mark.parametrize("value", ["(1x1),...,(6x6)", None, [336]])
+@pytest.mark.parametrize("value", ["(1x1),...,(6x6)", None, [336], [], [[56, 100]], [[56, 0]]])
 def test_tilings_that_cannot_be_read_fail(
     value: Any, original: tuple[Path, Path], tmp_path: Path
 ) -> None:
