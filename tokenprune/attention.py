@@ -115,7 +115,9 @@ def mask_for_kernel(
         if "flash" in name:
             # Flash kernels know which keys are valid and that queries are the last of them.
             if mask.causal and (keys.shape[1] == 1 or not holes):
-                return name, _valid_keys(mask, keys) if holes or mask.padding is not None else None
+                if not holes and mask.padding is None:
+                    return name, None
+                return name, _valid_keys(mask, keys).to(query.device)
             name = "sdpa"
         # Without a mask SDPA is causal and eager is not, so eager only goes without for one query.
         square = queries == stored and name != "eager"
@@ -138,6 +140,7 @@ def _valid_keys(mask: LazyMask, keys: Tensor) -> Tensor:
 
 def _gather_dense(mask: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
     """Pick the rows and columns of a ready mask; its rows are the newest of the sequence."""
+    rows, keys = rows.to(mask.device), keys.to(mask.device)
     batch, heads = rows.shape[0], max(mask.shape[1], keys.shape[1])
     mask = mask.expand(batch, heads, -1, -1)
     first = mask.shape[3] - mask.shape[2]
@@ -153,6 +156,7 @@ def _gather_dense(mask: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
 
 def _for_heads(mask: Tensor, name: str, query: Tensor) -> Tensor:
     """Repeat a mask of key-value heads for query heads; make it additive for eager kernels."""
+    mask = mask.to(query.device)
     if mask.shape[1] not in (1, query.shape[1]):
         mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
     if name == "eager" and mask.dtype == torch.bool:
@@ -187,7 +191,7 @@ def attention_row(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores.masked_fill(~mask.to(scores.device), -torch.inf)
     return scores.softmax(dim=-1).view(batch, heads, -1)
 
 

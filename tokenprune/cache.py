@@ -110,6 +110,8 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         self.holes = self.holes or self.clock.holes
         fresh, self.seen = self.clock.end - self.seen, self.clock.end
         self._tail += keys.shape[-2]
+        if self.is_initialized and self.keys.device != keys.device:  # as read from a file
+            self.keys, self.values = self.keys.to(keys.device), self.values.to(keys.device)
         keys, values = super().update(keys, values, *args, **kwargs)
         if self.window is None or keys.shape[-2] < self.window + fresh:
             return keys, values
@@ -131,7 +133,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         assert self.index is not None
         batch, heads = self.keys.shape[:2]
         safe = columns.clamp_min(0)
-        gather = safe.expand(batch, heads, -1)[..., None]
+        gather = safe.expand(batch, heads, -1)[..., None].to(self.keys.device)
         self.keys = self.keys.gather(2, gather.expand(-1, -1, -1, self.keys.shape[-1]))
         self.values = self.values.gather(2, gather.expand(-1, -1, -1, self.values.shape[-1]))
         kept_heads = max(columns.shape[1], self.index.shape[1])

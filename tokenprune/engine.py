@@ -362,7 +362,7 @@ class Patch:
         self._prefill = Prefill(
             self.adapter,
             self.shape,
-            self._prompt["input_ids"],
+            self._prompt["input_ids"].to(hidden.device),
             self._media,
             self._prompt,
             real,
@@ -446,14 +446,14 @@ class Patch:
             )
         if clock.shift is None:
             clock.shift = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        positions = positions.expand(batch, length) - clock.shift
+        positions = positions.to(device).expand(batch, length) - clock.shift
         if tokens is not None:
             gone = torch.ones(batch, length, dtype=torch.int64, device=device)
             for number, kept in enumerate(tokens):
                 gone[number, kept] = 0
             real = _padding(kwargs.get("attention_mask"))
             if real is not None:  # padding never counted
-                gone = gone * real[:, flight.past : flight.past + length]
+                gone = gone * real[:, flight.past : flight.past + length].to(device)
             positions = positions - (gone.cumsum(1) - gone)
             clock.shift = clock.shift + gone.sum(1, keepdim=True)
         kwargs["position_ids"] = positions
@@ -553,7 +553,9 @@ class Patch:
         hidden = output[0] if isinstance(output, tuple) else output
         source = self._flight.source
         if source is not None:
+            source = source.to(row.device)
             row = torch.where(source >= 0, row.gather(1, source.clamp_min(0)), -1)
+        row = row.to(hidden.device)
         extra = features[number].to(hidden)[row.clamp_min(0)]
         hidden = hidden + torch.where((row >= 0)[..., None], extra, 0)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
@@ -654,6 +656,7 @@ class _Sites:
 
 def _absorb_(features: Tensor, source: Tensor, target: Tensor, weight: Tensor) -> None:
     """Replace the rows `target` of `features [S, D]` by weighted sums of the rows `source`."""
+    source, target, weight = (one.to(features.device) for one in (source, target, weight))
     rows, place = torch.unique(target, return_inverse=True)
     sums = torch.zeros(len(rows), features.shape[1], device=features.device)
     sums.index_add_(0, place, features[source].float() * weight[:, None].float())

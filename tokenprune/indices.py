@@ -38,6 +38,6 @@ def take(values: Tensor, index: Tensor, dim: int) -> Tensor:
     batch, kept = index.shape
     values = values.expand(*values.shape[: dim - 1], batch, *values.shape[dim:])
     ahead, behind = dim - 1, values.ndim - dim - 1
-    shaped = index.clamp_min(0).reshape(*[1] * ahead, batch, kept, *[1] * behind)
+    shaped = index.to(values.device).clamp_min(0).reshape(*[1] * ahead, batch, kept, *[1] * behind)
     target = (*values.shape[:dim], kept, *values.shape[dim + 1 :])
     return values.gather(dim, shaped.expand(target))

@@ -157,9 +157,9 @@ class Prefill:
                 self._record(stage, sample, candidates, candidates, None)
                 continue
             where = flight.locate(sample.number, layout.position - self._past)
-            selection = stage.select(
-                self._context(stage, sample, candidates, layout, hidden[sample.number, where])
-            )
+            # Stages work on one device, whichever the layer is on.
+            features = hidden[sample.number, where.to(hidden.device)].to(where.device)
+            selection = stage.select(self._context(stage, sample, candidates, layout, features))
             _check(stage, selection, layout, heads=None)
             kept = candidates[selection.index]
             merge = _translate(selection.merge, candidates)
@@ -289,7 +289,7 @@ class Prefill:
         stored: int,
     ) -> Tensor:
         """The columns `[H, K]` of a layer's cache that one sample keeps."""
-        device = layer.keys.device
+        device = sample.alive.device
         media = _columns_of(sample, sample.alive, flight, stored, self._past)
         other = torch.ones(stored, dtype=torch.bool, device=device).index_fill_(0, media, False)
         fresh = flight.rows.shape[1]
@@ -366,7 +366,8 @@ class _StoredEntries(CacheContext):
         else:
             share = attention.shape[1] // len(rows)
             columns = self._columns.repeat_interleave(share, dim=0)
-            self.attention = attention[sample.number].gather(1, columns)
+            rows_of_heads = attention[sample.number].gather(1, columns.to(attention.device))
+            self.attention = rows_of_heads.to(columns.device)
 
     @cached_property
     def keys(self) -> Tensor:  # type: ignore[override]  # a field of the base, gathered late here
@@ -377,7 +378,9 @@ class _StoredEntries(CacheContext):
         return self._gather(self._stored[1])
 
     def _gather(self, stored: Tensor) -> Tensor:
-        return stored.gather(1, self._columns[..., None].expand(-1, -1, stored.shape[-1]))
+        columns = self._columns[..., None].to(stored.device)
+        gathered = stored.gather(1, columns.expand(-1, -1, stored.shape[-1]))
+        return gathered.to(self._columns.device)
 
 
 class _Maps:
