@@ -79,6 +79,14 @@ NO_BEAMS: dict[str, str] = {
     "video_llama_3_compressed": "it counts the tokens that the processor left out as well",
 }
 
+NO_CHUNKS: dict[str, str] = {
+    # Variants that transformers itself cannot prefill in chunks, however large: why.
+    "glm4v_video": "frames hold image placeholders, and it hands out features by video ones",
+    "perception_lm": "it cannot cut the output of a timm tower",
+    "perception_lm_image": "it cannot cut the output of a timm tower",
+    "video_llama_3_compressed": "it hands out no chunks of the mask of what was left out",
+}
+
 SEPARATORS: dict[str, int] = {
     # Placeholders of the default prompt that stand for no patch.
     "llava_next": 6,  # a newline after each row

@@ -66,17 +66,16 @@ def test_a_row_without_media_is_left_as_it_is(name: str, recipe: str) -> None:
     assert_close(logits_of(output)[1], logits_of(pruned(name, recipe).output)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("recipe", [EVERYWHERE, COMBINED[1]])
 @pytest.mark.parametrize("name", [*THREE, "qwen3_vl"])
-def test_half_precision(name: str, recipe: str) -> None:
+def test_half_precision(name: str, recipe: str, dtype: torch.dtype) -> None:
     if refusal(recipe, name):
         recipe = EVERYWHERE
     one = tiny.build(name)
-    one.model.to(torch.bfloat16)
+    one.model.to(dtype)
     inputs = {
-        key: value.to(torch.bfloat16)
-        if value.is_floating_point() and "second" not in key
-        else value
+        key: value.to(dtype) if value.is_floating_point() and "second" not in key else value
         for key, value in prompt_of(one).items()
     }
     plain = generate(one, inputs)
@@ -84,8 +83,8 @@ def test_half_precision(name: str, recipe: str) -> None:
         assert torch.equal(logits_of(generate(one, inputs)), logits_of(plain))
     with prune(one.model, recipe) as report:
         output = generate(one, inputs)
-    assert output.past_key_values.layers[0].keys.dtype == torch.bfloat16
-    # Against the dense model in float32: as near as bfloat16 gets without pruning.
+    assert output.past_key_values.layers[0].keys.dtype == dtype
+    # Against the dense model in float32: as near as half the bits get without pruning.
     replay = replay_of(one, recipe, report.calls, *output.sequences[:, :-1].shape)
     one.model.float()
     positions = unpruned(name).positions
