@@ -6,11 +6,10 @@
 
 Every run is a process of its own, forked from one that has the reader's libraries loaded, so that
 loading is not timed. In each round of a cell its readers run once, in random order; figures are
-medians over rounds, ratios are medians of the ratios within rounds. Files are in memory, and as
-much memory as the frames need was used right before: neither a disk is measured nor the machine
-that lends memory to a virtual one. A run is one line of the output file, and a rerun skips what is
-there. Readers whose libraries are missing are listed as missing; `--extra-path` names a folder to
-find them in. Frames are compared with the numbers burnt into them.
+medians over rounds, ratios are medians of the ratios within rounds. Files are in memory. A run is
+one line of the output file, and a rerun skips what is there. Readers whose libraries are missing
+are listed as missing; `--extra-path` names a folder to find them in. Frames are compared with the
+numbers burnt into them.
 
 A reader that takes longer than `--slow-seconds` in a cell runs there `--slow-repeats` times only;
 the table shows how often each ran.
@@ -19,7 +18,6 @@ the table shows how often each ran.
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import random
 import resource
@@ -50,7 +48,6 @@ from tokenprune.eval.bench.readers import (
 )
 
 SIZE = (448, 448)
-SPARE_BYTES = 256 << 20  # for what readers need beside their frames
 TEN_250 = Footage("ten-minutes-1080p-g250", 1080, 1920, 250, 4000, 10)
 TEN_30 = Footage("ten-minutes-1080p-g30", 1080, 1920, 30, 4000, 10)
 HOUR = Footage("hour-360p-g250", 360, 640, 250, 550, 60)
@@ -110,7 +107,8 @@ class Server:
     def __init__(self, reader: str, extra_path: str) -> None:
         found = [extra_path, os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in found if p)}
-        environment["NUMPY_MADVISE_HUGEPAGE"] = "0"  # see `_touch`
+        # Large pages may be lent out by a virtual machine, and then take longer than decoding.
+        environment["NUMPY_MADVISE_HUGEPAGE"] = "0"
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tokenprune.eval.bench.decode", "--serve", reader],
             stdin=subprocess.PIPE,
@@ -193,7 +191,6 @@ def measure(name: str, path: str, ranks: list[int]) -> Run:
     """
     reader = READERS[name]
     held = (reader.held or len(ranks)) * 3 * SIZE[0] * SIZE[1]
-    _touch(held + SPARE_BYTES)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     before = _resident("VmRSS")
     wall, cpu = time.perf_counter(), _cpu_seconds()
@@ -203,17 +200,6 @@ def measure(name: str, path: str, ranks: list[int]) -> Run:
     seen, due = numbers_on(frames), np.array(ranks) % MINUTE
     right = int((seen == due).sum()) if len(seen) == len(due) else 0
     return {"wall": wall, "cpu": cpu, "peak": peak, "right": right, "frames": len(ranks)}
-
-
-def _touch(length: int) -> None:
-    """Have so much memory at hand: in a virtual machine, new memory may take longer than decoding.
-
-    All readers need it for their frames, and the system keeps it ready for who comes next; but for
-    large pages, so nobody is to use those.
-    """
-    with mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        for start in range(0, length, mmap.PAGESIZE):
-            memory[start] = 1
 
 
 def _resident(name: str) -> int:
