@@ -193,6 +193,7 @@ def _config(settings: dict[str, Any], tower: Path | None, source: Path) -> Any:
     return transformers.PerceptionLMConfig(
         text_config=text,
         vision_config=vision,
+        clip_config=vision.to_dict(),  # for `PerceptionLM.mend`
         vision_use_cls_token=True,
         projector_pooling_ratio=settings.get("mm_spatial_pool_stride", 2),
         tie_word_embeddings=text.tie_word_embeddings,
@@ -260,7 +261,7 @@ def _tokenizer(source: Path, config: Any) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source, extra_special_tokens={"image_token": "<image>", "video_token": "<video>"}
         )
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:  # releases differ in what they miss
         raise TokenPruneError(
             f"cannot read the tokenizer in {str(source)!r}: {error}; copy its files there"
         ) from error

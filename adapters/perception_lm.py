@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import CLIPVisionConfig
 
 from tokenprune.adapter import Adapter, Item, MediaCall, Tower
 from tokenprune.adapters._pixels import CLIP, HALF, Normalisation, patches
@@ -25,6 +26,14 @@ class PerceptionLM(Adapter):
 
     model_types = ("perception_lm",)
     modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
+
+    @classmethod
+    def mend(cls, config: Any) -> Any:
+        told = getattr(config, "clip_config", None)
+        if told and not isinstance(config.vision_config, CLIPVisionConfig):
+            # Early releases of transformers take every tower for one of timm's.
+            config.vision_config = CLIPVisionConfig(**told)
+        return config
 
     def encoders(self) -> dict[str, Modality]:
         return {"get_image_features": "image"}

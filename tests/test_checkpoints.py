@@ -21,7 +21,7 @@ from torch import Tensor
 from tests.checkpoints import CHECKPOINTS, HEARING, SEEING, WATCHING
 from tests.test_adapters import layouts, watching
 from tests.tiny.base import SPECIAL, Tiny
-from tokenprune.adapter import adapter_for
+from tokenprune.adapter import adapter_for, list_models
 from tokenprune.layout import AUDIO, TokenLayout
 from tokenprune.loading import LoadedModel, Media, auto_class
 
@@ -50,6 +50,7 @@ def load(folder: Path) -> tuple[Tiny, Any]:
     """The model and the processor of a checkpoint."""
     config = transformers.AutoConfig.from_pretrained(folder)
     config = getattr(config, "thinker_config", config)
+    config = list_models()[config.model_type].mend(config)
     model, found = auto_class(config).from_pretrained(
         folder, config=config, output_loading_info=True
     )

@@ -22,6 +22,7 @@ from tests.checkpoints.base import tokenizer
 from tests.checkpoints.llava_kin import save_longva_tower, save_original_longva
 from tests.tiny import IMAGE, VIDEO, VOCABULARY, build
 from tokenprune.adapters.longva import convert
+from tokenprune.adapters.perception_lm import PerceptionLM
 from tokenprune.conversion import find_converter
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
 from tokenprune.loading import Media, load_model
@@ -98,7 +99,22 @@ def test_frames_are_encoded_as_published(original: tuple[Path, Path], tmp_path: 
         found = model.model.get_image_features(frames[None], return_dict=True).pooler_output
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     # Of a block behind the features nothing is left.
-    assert len(model.model.vision_tower.encoder.layers) == 3
+    clip = model.model.vision_tower
+    assert len(getattr(clip, "vision_model", clip).encoder.layers) == 3
+
+
+def test_a_tower_taken_for_another_is_mended(original: tuple[Path, Path], tmp_path: Path) -> None:
+    """Early releases of transformers read the tower of any PerceptionLM as one of timm's."""
+    source, tower = original
+    convert(source, tmp_path / "out", tower)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    config.vision_config = transformers.TimmWrapperConfig()
+    mended = PerceptionLM.mend(config).vision_config
+
+    assert isinstance(mended, transformers.CLIPVisionConfig)
+    assert (mended.hidden_size, mended.num_hidden_layers) == (32, 3)
+    plain = transformers.PerceptionLMConfig()
+    assert PerceptionLM.mend(plain).vision_config.model_type == "timm_wrapper"
 
 
 def test_text_model_is_the_original_s(original: tuple[Path, Path], tmp_path: Path) -> None:

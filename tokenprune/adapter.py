@@ -138,6 +138,11 @@ class Adapter(ABC):
         self.model = model
         self.config = model.config
 
+    @classmethod
+    def mend(cls, config: Any) -> Any:
+        """The configuration of a checkpoint, where releases of transformers misread it."""
+        return config
+
     # -- where things are; the defaults serve most families
 
     @property
@@ -148,7 +153,10 @@ class Adapter(ABC):
     @property
     def base_model(self) -> nn.Module:
         """The module that turns `input_ids` and media into embeddings."""
-        return getattr(self.model, "model", self.model)  # type: ignore[no-any-return]
+        inner: nn.Module = getattr(self.model, "model", self.model)
+        # In older releases of transformers some families encode above the language model alone.
+        encodes = all(hasattr(inner, name.partition(".")[0]) for name in self.encoders())
+        return inner if encodes else self.model
 
     @property
     def shape(self) -> ModelShape:

@@ -392,7 +392,7 @@ def _served_config(config: Any, name: str) -> Any:
     for one in (config, *parts):
         if getattr(one, "model_type", None) in known:
             check_architecture(one)
-            return one
+            return known[one.model_type].mend(one)
     check_architecture(config)
     raise UnsupportedModelError(
         f"no adapter for model_type {config.model_type!r} of {name}; known: {', '.join(known)}"
