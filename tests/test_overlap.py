@@ -16,6 +16,7 @@ from PIL import Image
 from tokenprune import Session
 from tokenprune.answering import ask
 from tokenprune.errors import MediaError, MissingExtraError, RecipeError, TokenPruneError
+from tokenprune.eval.bench.overlap import Bench, Round, build, summary
 from tokenprune.loading import load_model
 from tokenprune.media import VideoReader, index_video
 from tokenprune.media.plan import plan_units
@@ -370,6 +371,28 @@ def test_without_matplotlib_it_fails_with_the_remedy(monkeypatch, command, files
         Timeline((bars((0.0, 1.0)),)).picture()
     ran = command("ask", files.video, "what?", "--timeline", "when.png")
     assert ran.code == 2 and "timelines need matplotlib" in ran.error
+
+
+# -- the bench
+
+
+def test_a_round_of_the_bench(clip):
+    bench = Bench(build(), clip, frames=8, group=4, recipe=RECIPE)
+    one, timeline = bench.round()
+
+    assert 0 < one.first_group < one.decode
+    assert 0 < one.model < one.compute
+    assert len(timeline.groups) == 2
+    assert 0 < timeline.groups[-1]["prefill"][0][1] < one.whole
+
+
+def test_the_goal_of_the_bench():
+    rounds = [Round(1.0, 0.1, 3.0, 2.0, 2.3), Round(3.0, 0.3, 3.0, 2.0, 3.3)]
+    found = summary([*rounds, Round(2.0, 0.2, 1.5, 1.0, 2.6)])
+
+    assert found["whole"] == 2.6 and found["one_after_the_other"] == 2.0 + 3.0
+    assert found["limit"] == pytest.approx(1.10 * 2.0 + 0.2)  # of medians: 2 decoding, 2 computing
+    assert found["over_longer"] == pytest.approx((2.6 - 0.2) / 2.0)
 
 
 # -- copies to an accelerator
