@@ -317,8 +317,8 @@ def stream_video(
     """Decode chosen frames in groups, in order, while the caller works on those before.
 
     Takes the arguments of `read_video`, but frames must be asked for in order, each once. At most
-    four groups are in memory: the workers wait when the caller is slow. Closing the iterator, or
-    leaving it, stops them.
+    four groups are in memory, and no more than two if each takes over 32 MiB: the workers wait when
+    the caller is slow. Closing the iterator, or leaving it, stops them.
 
     Args:
         path: a local file.
