@@ -15,9 +15,13 @@ import gc
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,11 +44,12 @@ from tests.contract.oracle import assert_close, dense_logits, positions_logged
 from tests.contract.snapshot import snapshot
 from tests.contract.test_contracts import foreign, repeated, static
 from tests.tiny import Tiny, pad_batch
-from tokenprune import prune
+from tokenprune import Session, prune
 from tokenprune.adapter import Adapter, adapter_for
 from tokenprune.cache import PrunedLayer
 from tokenprune.engine import Patch
-from tokenprune.errors import TokenPruneError
+from tokenprune.errors import TokenPruneError, UnsupportedModelError
+from tokenprune.loading import load_model
 from tokenprune.recipe import Recipe
 from tokenprune.stage import EncoderStage
 
@@ -295,16 +300,84 @@ def test_two_threads_with_two_models_are_independent() -> None:
             with prune(one.model, recipes[number]):
                 found[number].append(generate(one, prompt_of(one)))
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads([partial(work, number) for number in range(2)])
     for number, plain in enumerate(expected):
-        assert len(found[number]) == 5, "a thread failed"
         for output in found[number]:
             assert torch.equal(logits_of(output), logits_of(plain))
     assert [snapshot(model_of(name).model) for name in names] == before
+
+
+def test_threads_do_not_enter_one_model_together() -> None:
+    one = model_of("llava")
+    before = snapshot(one.model)
+    inside, most, refused = 0, 0, 0
+    start = threading.Barrier(4)
+
+    def work() -> None:
+        nonlocal inside, most, refused
+        start.wait()
+        for _ in range(50):
+            try:
+                with prune(one.model, EVERYWHERE):
+                    inside += 1
+                    most = max(most, inside)
+                    time.sleep(0.0001)  # let others try
+                    inside -= 1
+            except UnsupportedModelError as error:
+                assert "already inside" in str(error)
+                refused += 1
+
+    in_threads([work] * 4)
+    assert most == 1 and 0 < refused < 200
+    assert snapshot(one.model) == before
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
+def test_two_sessions_of_one_model_take_turns(name: str, checkpoint: Callable[[str], Path]) -> None:
+    """From two threads: what is not refused is right, and what is refused harms nobody."""
+    loaded = load_model(str(checkpoint(name)), device="cpu")
+    clips = [torch.randint(0, 256, (4, 3, 56, 56), dtype=torch.uint8) for _ in range(2)]
+    recipes = ["uniform(keep=0.5)", "random(keep=0.3 at=2)"]
+
+    def use(number: int, patience: int) -> list[Tensor]:
+        session = Session(loaded.model, loaded.processor, recipes[number], group=4)
+
+        def insist(act: Callable[[], Any]) -> Any:
+            for _ in range(patience):
+                try:
+                    return act()
+                except UnsupportedModelError as error:
+                    assert "already inside" in str(error)
+                    refused[number] += 1
+                    time.sleep(0.001)
+            raise TimeoutError
+
+        with session:
+            insist(lambda: session.watch(clips[number], fps=2.0))
+            return [
+                insist(lambda: session.generate("what?", max_new_tokens=4, do_sample=False))
+                for _ in range(5)
+            ]
+
+    refused = [0, 0]
+    alone = [use(number, 1) for number in range(2)]
+    assert refused == [0, 0]
+    found: dict[int, list[Tensor]] = {}
+
+    def keep(number: int) -> None:
+        found[number] = use(number, 100_000)
+
+    in_threads([partial(keep, number) for number in range(2)])
+    assert sum(refused) > 0, "they never met"
+    for number in range(2):
+        assert all(map(torch.equal, found[number], alone[number]))
+
+
+def in_threads(works: list[Callable[[], Any]]) -> None:
+    """Run each in a thread of its own; what one raises is raised here."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        for future in [pool.submit(work) for work in works]:
+            future.result()
 
 
 # -- leaks

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -54,6 +55,7 @@ from tokenprune.timing import Mark
 __all__ = ["Patch", "prune"]
 
 _PATCHED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+_ENTERING = threading.Lock()
 
 
 @contextmanager
@@ -138,13 +140,15 @@ class Patch:
     # -- install and remove
 
     def __enter__(self) -> Patch:
-        if self.model in _PATCHED:
-            raise UnsupportedModelError(
-                "this model is already inside a `with prune(...)`; "
-                "put all methods into one recipe: prune(model, first, second)"
-            )
         with ExitStack() as stack:
-            _PATCHED.add(self.model)
+            with _ENTERING:  # two threads may ask for one model
+                if self.model in _PATCHED:
+                    raise UnsupportedModelError(
+                        "this model is already inside a `with prune(...)`, or in use by a session; "
+                        "put all methods into one recipe, prune(model, first, second), and let "
+                        "threads take turns"
+                    )
+                _PATCHED.add(self.model)
             stack.callback(_PATCHED.discard, self.model)
             self._install(stack)
             self._stack = stack.pop_all()
