@@ -1,11 +1,14 @@
 # make ask   sets everything up and answers questions about a sample video, pruned and unpruned
 # make test  sets everything up and runs the tests
+# make test-versions  runs them on older releases of transformers, and on what VERSIONS says
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: ask test test-all check types setup clean
+VERSIONS ?= 5.4 5.10 5.18
+
+.PHONY: ask test test-all test-versions check types setup clean
 
 ask: $(INSTALLED)
 	$(BIN)/python -m tokenprune.demos.first_run out
@@ -15,6 +18,21 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Each release lies in a folder of its own, in front of what .venv has.
+test-versions: $(VERSIONS:%=build/versions/%)
+	@failed=; for version in $(VERSIONS); do \
+		echo "== transformers $$version"; \
+		PYTHONPATH=$(CURDIR)/build/versions/$$version $(BIN)/python -m pytest -m "not full" \
+			|| failed="$$failed $$version"; \
+	done; \
+	test -z "$$failed" || { echo "failed on transformers$$failed"; exit 1; }
+
+# Up to 5.10 transformers wants other companions than those of constraints.txt.
+build/versions/5.4 build/versions/5.10: COMPANIONS = "huggingface_hub<2" "tokenizers<0.23"
+build/versions/%: $(INSTALLED)
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ "transformers==$*.*" $(COMPANIONS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -14,10 +14,16 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 # Tiny tensors gain nothing from threads, and lose much where cores are shared.
 torch.set_num_threads(1)
+
+
+def pytest_report_header() -> str:
+    """What the tests are run with: they hold over a range of releases."""
+    return f"torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 VOCABULARY = 200
 PAD = 0
@@ -86,7 +86,9 @@ def _pad_right(values: Tensor, size: list[int]) -> Tensor:
 # -- parts
 
 
-def text_config(kind: str, **settings: Any) -> Any:
+def text_config(kind: str | type, **settings: Any) -> Any:
+    """The configuration of a text model, by its type or by its class (older releases of
+    transformers do not know all types)."""
     defaults: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -100,7 +102,8 @@ def text_config(kind: str, **settings: Any) -> Any:
         "eos_token_id": None,
         "tie_word_embeddings": False,
     }
-    return transformers.AutoConfig.for_model(kind, **{**defaults, **settings})
+    merged = {**defaults, **settings}
+    return AutoConfig.for_model(kind, **merged) if isinstance(kind, str) else kind(**merged)
 
 
 def mrope() -> dict[str, Any]:

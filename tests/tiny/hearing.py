@@ -235,7 +235,7 @@ def _qwen3_omni_moe(name: str, attention: str) -> Tiny:
         "num_position_embeddings": 64,
     }
     text = text_config(
-        "qwen3_omni_moe_text",
+        omni.Qwen3OmniMoeTextConfig,
         moe_intermediate_size=48,
         num_experts=6,
         num_experts_per_tok=2,

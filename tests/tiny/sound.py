@@ -71,7 +71,7 @@ def _qwen2_5_omni(name: str, attention: str) -> Tiny:
     config = omni.Qwen2_5OmniThinkerConfig(
         audio_config=audio,
         vision_config=windows(),
-        text_config=text_config("qwen2_5_omni_text", **mrope()).to_dict(),
+        text_config=text_config(omni.Qwen2_5OmniTextConfig, **mrope()).to_dict(),
         image_token_index=IMAGE,
         video_token_index=VIDEO,
         audio_token_index=AUDIO,
