@@ -5,8 +5,10 @@ import re
 import av
 import numpy as np
 import pytest
+import torch
 
 from tests.media import clips
+from tests.media.clips import KINDS
 from tokenprune.errors import DecodeError, MediaError, NoVideoStreamError
 from tokenprune.media import index_video, probe, read_video, stream_video
 from tokenprune.media.h264 import slices
@@ -137,9 +139,11 @@ def test_codec_threads_tell_of_all_damage(tmp_path):
 
 
 def test_codec_threads_are_used_where_they_tell(clip, tmp_path):
-    """A picture in slices may lack one without an error."""
+    """A picture in slices may lack one without an error; an open group may start with errors."""
     sliced = clips.encode(tmp_path / "sliced.mp4", options=clips.x264("slices=4:bframes=0"))
-    for path, threads in ((clip("h264_one_keyframe").path, 2), (sliced.path, 1)):
+    kinds = {"h264_one_keyframe": 2, "hevc_open_gop_mkv": 2, "h264_open_gop": 1, "mpeg4": 1}
+    paths = {clip(kind).path: threads for kind, threads in kinds.items()} | {sliced.path: 1}
+    for path, threads in paths.items():
         decoder = PictureDecoder(index_video(path), 2)
         assert decoder._context.thread_count == threads
         decoder.close()
@@ -147,6 +151,17 @@ def test_codec_threads_are_used_where_they_tell(clip, tmp_path):
         stream = container.streams.video[0]
         header = stream.codec_context.extradata
         assert {slices(bytes(p), header) for p in container.demux(stream) if p.size} == {4}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codec_threads_imagine_no_damage(kind, clip):
+    """Else all would be decoded a second time."""
+    path = clip(kind).path
+    last = index_video(path).info.frame_count - 1
+    wanted = [last // 2, last] if last else [0]
+    alone, beside = (read_video(path, indices=wanted, workers=workers) for workers in (1, 4))
+    assert torch.equal(alone.frames, beside.frames)
+    assert beside.pictures_decoded <= alone.pictures_decoded * 1.2 + 2
 
 
 def check(video, numbers):

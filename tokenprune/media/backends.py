@@ -19,7 +19,7 @@ from torch import Tensor
 from tokenprune.errors import DecodeError, MediaError, MissingExtraError
 from tokenprune.media.decode import Group
 from tokenprune.media.index import Ints, PacketIndex
-from tokenprune.media.plan import decode_starts
+from tokenprune.media.plan import has_leading
 
 Backend = Literal["pyav", "decord", "torchcodec"]
 TIME_SLACK_SECONDS = 2e-3  # Matroska rounds times to milliseconds, and decord to floats
@@ -136,9 +136,7 @@ class LibraryDecoder:
             return f"{info.codec} is not known to come out right"
         if not index.seekable or index.error or len(index.order) < len(index.pts):
             return "the file is damaged, edited, or has times that do not tell frames apart"
-        packets = index.order
-        begins = index.starts[np.searchsorted(index.starts, packets, "right") - 1]
-        if not index.keyframe[0] or (decode_starts(index, packets) != begins).any():
+        if not index.keyframe[0] or has_leading(index):
             return "frames shown before their keyframe are not known to come out right"
         return None
 

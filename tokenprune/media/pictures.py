@@ -14,6 +14,7 @@ from tokenprune.media.damage import Counter, Decoded, Sieve
 from tokenprune.media.files import open_media, packets_of, video_stream
 from tokenprune.media.h264 import slices
 from tokenprune.media.index import Ints, PacketIndex
+from tokenprune.media.plan import has_leading
 
 Write = Callable[[int, Any, bool], bool]
 GBR = (1, 2, 0)  # planes of swscale's planar RGB, as channels
@@ -50,7 +51,7 @@ class PictureDecoder:
         self._stack = ExitStack()
         container = self._stack.enter_context(open_media(index.info.path))
         stream = video_stream(container)
-        if threads > 1 and not _threads_tell_of_damage(container, stream):
+        if threads > 1 and not _threads_tell_of_damage(container, stream, index):
             threads = 1
         self._context = stream.codec_context
         self._context.thread_type = "FRAME" if threads > 1 else "NONE"
@@ -101,18 +102,21 @@ class PictureDecoder:
         return pictures
 
 
-def _threads_tell_of_damage(container: Any, stream: Any) -> bool:
-    """Whether no damage is lost if pictures are decoded beside each other.
+def _threads_tell_of_damage(container: Any, stream: Any, index: PacketIndex) -> bool:
+    """Whether no damage is lost, and none imagined, if pictures are decoded beside each other.
 
     A thread may hand out a picture before another, which decodes it, has marked it as damaged. But
     errors come in order; so damage should be one, and it can be if no picture is made of pieces,
-    of which one might lack without an error.
+    of which one might lack without an error. In H.264 it is an error, too, that the pictures of the
+    group before lack where decoding begins in an open group.
     """
     first = next(packets_of(container, stream), None)
     if first is None or stream.codec_context.name == "mpeg4":
         return False
+    if stream.codec_context.name != "h264":
+        return True
     header = stream.codec_context.extradata or b""
-    return stream.codec_context.name != "h264" or slices(bytes(first), header) == 1
+    return slices(bytes(first), header) == 1 and not has_leading(index)
 
 
 def fill(

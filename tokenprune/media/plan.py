@@ -105,6 +105,13 @@ def decode_starts(index: PacketIndex, packets: Ints) -> Ints:
         at = at - back
 
 
+def has_leading(index: PacketIndex) -> bool:
+    """Whether some frames are shown before the keyframe that they follow: open groups."""
+    packets = index.order
+    before = index.starts[np.searchsorted(index.starts, packets, "right") - 1]
+    return bool((decode_starts(index, packets) != before).any())
+
+
 def earlier_start(index: PacketIndex, first: int, keyframes: int) -> int:
     """The packet `keyframes` keyframes before `first`, within the same stretch of the clock."""
     starts = index.starts
