@@ -30,7 +30,8 @@ class Qwen2Audio(Adapter):
     modalities = ("audio",)
 
     def encoders(self) -> dict[str, Modality]:
-        if hasattr(self.base_model, "get_audio_features"):
+        # `base_model` is found by these names.
+        if hasattr(getattr(self.model, "model", self.model), "get_audio_features"):
             return super().encoders()
         return {"audio_tower.forward": "audio"}
 
