@@ -133,7 +133,9 @@ class Server:
 
     def _answer(self) -> Run:
         assert self._process.stdout
-        answer: Run = json.loads(self._process.stdout.readline() or '{"missing": "it crashed"}')
+        line = self._process.stdout.readline()
+        crashed = {"missing": "its process ended", "error": "its process ended"}
+        answer: Run = json.loads(line) if line else crashed
         return answer
 
 
@@ -224,6 +226,7 @@ class Bench:
     """
 
     def __init__(self, out: Path, folder: Path, extra_path: str) -> None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         self._out, self._folder, self._extra_path = out, folder, extra_path
         self._servers: dict[str, Server] = {}
         self.runs: list[Run] = read_runs(out)
@@ -319,11 +322,11 @@ def table(runs: list[Run], missing: dict[str, str]) -> str:
 def _row(method: str, good: list[Run], ours: list[Run], why: str) -> str:
     if not good:
         return f"| {method} | 0 | {why} | | | | |"
-    ratio = _ratio(good, ours)
+    ratio = f"{_ratio(good, ours):.2f}" if ours else ""
     peak = _median(good, "peak") / 2**20
     right = min(run["right"] for run in good)
     return (
-        f"| {method} | {len(good)} | {_median(good, 'wall'):.2f} | {ratio:.2f}"
+        f"| {method} | {len(good)} | {_median(good, 'wall'):.2f} | {ratio}"
         f" | {_median(good, 'cpu'):.2f} | {peak:.0f} | {right} |"
     )
 

@@ -15,7 +15,7 @@ from tokenprune.eval.bench.decode import (
     table,
 )
 from tokenprune.eval.bench.footage import Footage, make, read_number
-from tokenprune.eval.bench.readers import OURS, READERS, STREAM, numbers_on
+from tokenprune.eval.bench.readers import OURS, READERS, numbers_on
 from tokenprune.media import probe, read_video
 
 SMALL = Footage("small", 112, 192, 12, 300, 2)
@@ -35,7 +35,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture
 def tiny_cell(small, monkeypatch):
-    cell = Cell("a small one", SMALL, (0, 10, 20, 35), [OURS, STREAM])
+    cell = Cell("a small one", SMALL, (0, 10, 20, 35), [OURS])
     monkeypatch.setattr(decode, "CELLS", {"tiny": cell})
     return cell
 
@@ -62,38 +62,30 @@ def test_readers_read_the_same(name, small):
     assert numbers_on(found).tolist() == [0, 20, 4, 35]
 
 
-def test_bench_resumes(small, tiny_cell, tmp_path):
-    out = tmp_path / "runs.jsonl"
+def test_bench_resumes_and_tells_of_failures(small, tiny_cell, tmp_path):
+    out = tmp_path / "new" / "runs.jsonl"
     bench = Bench(out, small.parent, "")
     try:
         bench.round("tiny", 0, tiny_cell.readers, 60, 1e12)
         bench.round("tiny", 0, tiny_cell.readers, 60, 1e12)
-    finally:
-        bench.close()
-    runs = read_runs(out)
-    assert sorted(run["method"] for run in runs) == sorted(tiny_cell.readers)
-    for run in runs:
-        assert run["right"] == run["frames"] == 4
-        assert run["wall"] > 0 and run["cpu"] > 0
-    assert table(runs, {}).count("| 1 |") == 2
-
-
-def test_bench_stops_in_time(small, tiny_cell, tmp_path):
-    bench = Bench(tmp_path / "runs.jsonl", small.parent, "")
-    bench.round("tiny", 0, tiny_cell.readers, 60, 0.0)
-    assert bench.runs == []
-
-
-def test_failing_readers_are_told(small, tmp_path):
-    server = Server(OURS, "")
-    try:
+        server = bench._server(OURS)
         assert server.missing is None
         assert "no such file" in server.run(tmp_path / "none.mp4", (0,), 60)["error"]
         late = server.run(small, tuple(range(72)) * 400, 1)
         assert late["error"] == "ended by SIGALRM"
         assert server.run(small, (0, 20), 60)["right"] == 2
     finally:
-        server.close()
+        bench.close()
+    (run,) = read_runs(out)
+    assert (run["method"], run["right"], run["frames"]) == (OURS, 4, 4)
+    assert run["wall"] > 0 and run["cpu"] > 0
+    assert "| tokenprune | 1 |" in table([run], {})
+
+
+def test_bench_stops_in_time(small, tiny_cell, tmp_path):
+    bench = Bench(tmp_path / "runs.jsonl", small.parent, "")
+    bench.round("tiny", 0, tiny_cell.readers, 60, 0.0)
+    assert bench.runs == []
 
 
 def test_missing_readers_are_told(tmp_path):
