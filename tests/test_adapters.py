@@ -27,6 +27,7 @@ from tests.tiny import (
     VISION_START,
     Tiny,
     build,
+    decoder_of,
     family_of,
     pad_batch,
 )
@@ -147,8 +148,8 @@ class Paint:
         self.tiny = tiny
         self.values = values
         self.encoded: dict[str, Tensor] = {}  # as the block puts them out, per modality
-        self.base: Any = tiny.model.model
-        self.width = tiny.model.get_decoder().config.hidden_size
+        self.base: Any = adapter_for(tiny.model).base_model
+        self.width = decoder_of(tiny.model).config.hidden_size
 
     def __enter__(self) -> Paint:
         self.hooks: list[Any] = []
@@ -822,7 +823,7 @@ def test_beams_share_the_media_of_their_sample(name: str) -> None:
                 found.extend(layouts(adapter, seen, seen.prompt))
 
         # Here all media are encoded, also by models that embed them late.
-        hook = tiny.model.get_decoder().layers[0].register_forward_pre_hook(on_prefill)
+        hook = decoder_of(tiny.model).layers[0].register_forward_pre_hook(on_prefill)
         tiny.model.generate(
             **inputs,
             num_beams=3,

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.tiny import Tiny, build
+from tests.tiny import Tiny, build, decoder_of
 from tokenprune import Recipe, Selection, TokenPruneError, prune
 from tokenprune.errors import RecipeError, UnsupportedModelError
 from tokenprune.stage import Cache, Input, Layer, Site, Stage
@@ -87,7 +87,7 @@ def test_all_is_undone_after_an_error_on_the_way_in():
     def fail(*args, **kwargs):
         raise KeyError
 
-    layer = tiny.model.get_decoder().layers[-1]
+    layer = decoder_of(tiny.model).layers[-1]
     layer.register_forward_hook = fail
     with pytest.raises(KeyError), prune(tiny.model, ALL_SITES):
         pass

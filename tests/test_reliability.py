@@ -43,7 +43,7 @@ from tests.contract.harness import (
 from tests.contract.oracle import assert_close, dense_logits, positions_logged
 from tests.contract.snapshot import snapshot
 from tests.contract.test_contracts import foreign, repeated, static
-from tests.tiny import Tiny, pad_batch
+from tests.tiny import Tiny, decoder_of, pad_batch
 from tokenprune import Session, prune
 from tokenprune.adapter import Adapter, adapter_for
 from tokenprune.cache import PrunedLayer
@@ -174,7 +174,7 @@ def broken(case: Case, fuse: Fuse, patch: pytest.MonkeyPatch) -> Iterator[dict[s
     chance = random.Random(f"{case.seed} what fails")
     model = case.one.model
     adapter = adapter_for(model)
-    layers = model.get_decoder().layers
+    layers = decoder_of(model).layers
     with ExitStack() as stack, patch.context() as patched:
         if case.place == "stage":
             stages = Recipe(case.recipe).stages(adapter.shape)
@@ -225,7 +225,7 @@ def oracle_holds(case: Case, positions: Tensor | None) -> None:
 def run(case: Case, patch: pytest.MonkeyPatch) -> bool:
     """Run a case; returns whether something failed as it was to."""
     one = case.one
-    with positions_logged(one.model.get_decoder()) as log:
+    with positions_logged(decoder_of(one.model)) as log:
         plain = generate(one, case.inputs, max_new_tokens=STEPS)
     before = snapshot(one.model)
     fuse = Fuse(case.after if case.place != "nowhere" else -1, case.failure)
@@ -401,7 +401,7 @@ def test_memory_is_flat_over_many_runs(name: str) -> None:
     expected = unpruned(name).output
     before = snapshot(one.model)
     names = len(ALL_ATTENTION_FUNCTIONS), len(ALL_MASK_ATTENTION_FUNCTIONS)
-    layer = one.model.get_decoder().layers[2]
+    layer = decoder_of(one.model).layers[2]
 
     def once(number: int) -> None:
         handle = layer.register_forward_hook(Fuse(0 if number % 2 else -1, Stop))

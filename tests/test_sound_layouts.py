@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tests.contract.cases import SOUND_ONLY
 from tests.test_adapters import layouts, watching
 from tests.tiny import AUDIO as PLACEHOLDER
-from tests.tiny import Tiny, build
+from tests.tiny import Tiny, build, decoder_of
 from tokenprune import prune
 from tokenprune.adapter import adapter_for
 from tokenprune.adapters._sound import MEL_SECONDS
@@ -92,7 +92,7 @@ def embeddings(tiny: Tiny, inputs: dict[str, Any], blocks: str) -> tuple[TokenLa
         return (args[0], *output[1:]) if isinstance(output, tuple) else args[0]
 
     hooks = [block.register_forward_hook(leave) for block in base.get_submodule(blocks)]
-    first = tiny.model.get_decoder().layers[0]
+    first = decoder_of(tiny.model).layers[0]
     hooks.append(first.register_forward_pre_hook(stop, with_kwargs=True))
     try:
         with watching(tiny) as calls, torch.enable_grad(), pytest.raises(Embedded):

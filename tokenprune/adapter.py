@@ -148,7 +148,10 @@ class Adapter(ABC):
     @property
     def language_model(self) -> nn.Module:
         """The decoder stack, with its `layers`."""
-        return self.model.get_decoder()  # type: ignore[no-any-return]
+        decoder: Any = self.model.get_decoder()
+        # In older releases of transformers some families name the outer model.
+        found: nn.Module = decoder if hasattr(decoder, "layers") else decoder.model
+        return found
 
     @property
     def base_model(self) -> nn.Module:

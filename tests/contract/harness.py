@@ -19,6 +19,7 @@ from tests.contract.oracle import (
     positions_logged,
     read_decisions,
 )
+from tests.tiny import decoder_of
 from tokenprune import prune
 from tokenprune.adapter import adapter_for
 from tokenprune.layout import MODALITIES
@@ -96,7 +97,7 @@ def unpruned(name: str, kind: str = "alone", attention: str = "sdpa") -> Run:
 def _unpruned(name: str, kind: str, attention: str) -> Run:
     one = model_of(name, attention)
     inputs = prompt_of(one, kind)
-    with positions_logged(one.model.get_decoder()) as log:
+    with positions_logged(decoder_of(one.model)) as log:
         output = generate(one, inputs)
     return Run(one, "none", inputs, output, [], log.whole())
 
@@ -122,7 +123,7 @@ def forget_pruned_runs() -> None:
 
 def windows_of(one: tiny.Tiny) -> list[int | None]:
     """How far back the queries of each layer look; None for layers with full attention."""
-    config = one.model.get_decoder().config
+    config = decoder_of(one.model).config
     types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
     return [config.sliding_window if kind == "sliding_attention" else None for kind in types]
 
@@ -139,7 +140,7 @@ def replay_of(
     one: tiny.Tiny, recipe: str, calls: Iterable[Any], samples: int, length: int
 ) -> Replay:
     """Recorded decisions as masks."""
-    kv_heads = one.model.get_decoder().config.num_key_value_heads
+    kv_heads = decoder_of(one.model).config.num_key_value_heads
     return read_decisions(calls, samples, length, kv_heads, codes_of(one, recipe))
 
 

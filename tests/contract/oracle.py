@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.tiny import decoder_of
+
 TOLERANCE = 1e-5
 """Of a logit, relative to the largest one (or to 1)."""
 
@@ -170,7 +172,7 @@ def dense_logits(
         replay: What to mask and to merge.
         positions: Of the sequence; None: those that the model makes.
     """
-    language_model = model.get_decoder()
+    language_model = decoder_of(model)
     with ExitStack() as hooks:
 
         def hook(module: nn.Module, function: Callable[..., Any]) -> None:

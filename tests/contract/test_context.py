@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.contract.cases import SOUND_ONLY
 from tests.contract.harness import generate, model_of, prompt_of, windows_of
 from tests.contract.oracle import assert_close
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, decoder_of
 from tokenprune import prune
 from tokenprune.adapter import adapter_for
 from tokenprune.errors import RecipeError
@@ -78,7 +78,7 @@ def test_features_are_hidden_states(name: str, kind: str) -> None:
             lambda module, args, kwargs: plain.append(args[0] if args else kwargs["hidden_states"]),
             with_kwargs=True,
         )
-        for layer in one.model.get_decoder().layers
+        for layer in decoder_of(one.model).layers
     ]
     one.model(**inputs)
     for handle in handles:

@@ -50,7 +50,7 @@ from tests.contract.harness import (
 from tests.contract.memory import Watch
 from tests.contract.oracle import assert_close, dense_logits, positions_logged
 from tests.contract.snapshot import snapshot
-from tests.tiny import FAMILIES, NAMES
+from tests.tiny import FAMILIES, NAMES, decoder_of
 from tokenprune import prune
 from tokenprune.adapter import adapter_for, list_models
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
@@ -176,7 +176,7 @@ def test_the_model_is_as_before_after_an_exception(name: str, where: str) -> Non
         if where != "decoding" or count == 3:
             raise Stop
 
-    module = one.model.get_decoder().layers[3]
+    module = decoder_of(one.model).layers[3]
     if where == "tower":
         base = adapter_for(one.model).base_model
         module = next(getattr(base, name) for name in TOWERS if hasattr(base, name))
@@ -284,7 +284,7 @@ def test_flash_attention_matches_sdpa(
     monkeypatch.setitem(AttentionInterface._global_mapping, "flash_emulated", flash)
     masks = AttentionMaskInterface._global_mapping
     monkeypatch.setitem(masks, "flash_emulated", flash_attention_mask)
-    config = one.model.get_decoder().config
+    config = decoder_of(one.model).config
     monkeypatch.setattr(config, "_attn_implementation_internal", "flash_emulated")
     flash.calls = 0
     with prune(one.model, recipe):
@@ -363,7 +363,7 @@ def test_the_cache_holds_what_was_decided(name: str, recipe: str) -> None:
         run = pruned(name, recipe, kind)
         [call] = run.calls
         samples, length = run.read.shape
-        for layer in range(run.one.model.get_decoder().config.num_hidden_layers):
+        for layer in range(decoder_of(run.one.model).config.num_hidden_layers):
             left = media_left(run, layer)
             assert torch.equal(call.media_entries[:, layer], left.sum(-1).to(torch.int32)), layer
         assert call.length == run.prompt_length
@@ -372,7 +372,7 @@ def test_the_cache_holds_what_was_decided(name: str, recipe: str) -> None:
 def media_left(run: Run, layer: int) -> Tensor:
     """`[B, H, S]`: media tokens that a layer's cache holds after the prefill."""
     samples, length = run.read.shape
-    kv_heads = run.one.model.get_decoder().config.num_key_value_heads
+    kv_heads = decoder_of(run.one.model).config.num_key_value_heads
     left = torch.zeros(samples, kv_heads, length, dtype=torch.bool)
     replay = run.replay
     for sample, layout in enumerate(run.calls[0].layouts):
@@ -512,7 +512,7 @@ def second_turn(one: Any, inputs: dict[str, Any]) -> Any:
 def test_a_second_turn_matches_the_oracle(name: str, recipe: str, kind: str) -> None:
     one = model_of(name)
     inputs = prompt_of(one, kind)
-    with positions_logged(one.model.get_decoder()) as log:
+    with positions_logged(decoder_of(one.model)) as log:
         second_turn(one, inputs)
     with prune(one.model, recipe) as report:
         output, length = second_turn(one, inputs)
@@ -531,7 +531,7 @@ def test_two_turns_under_a_recipe_made_up_by_chance(seed: int) -> None:
     name, recipe, kind, attention = drawn(seed)
     one = model_of(name, attention)
     inputs = prompt_of(one, kind)
-    with positions_logged(one.model.get_decoder()) as log:
+    with positions_logged(decoder_of(one.model)) as log:
         second_turn(one, inputs)
     with prune(one.model, recipe) as report:
         output, length = second_turn(one, inputs)
@@ -574,7 +574,7 @@ def test_assisted_decoding_matches_the_oracle(name: str, recipe: str) -> None:
     one = model_of(name)
     inputs = one.inputs(2, 60)  # much text, so that guesses are made
     steps = 24
-    with positions_logged(one.model.get_decoder()) as log:
+    with positions_logged(decoder_of(one.model)) as log:
         generate(one, inputs, max_new_tokens=steps)
     with prune(one.model, recipe) as report, pytest.MonkeyPatch.context() as patch:
         patch.setattr(DynamicCache, "crop", watched)
@@ -658,7 +658,7 @@ def test_a_forward_without_cache_matches_the_oracle(name: str, recipe: str) -> N
             if kind == "batch" and given is not inputs:
                 continue
             # Without a mask some families fall back to plain positions.
-            with positions_logged(one.model.get_decoder()) as log:
+            with positions_logged(decoder_of(one.model)) as log:
                 one.model(**given, use_cache=False)
             with prune(one.model, recipe) as report:
                 got = one.model(**given, use_cache=False).logits
@@ -677,7 +677,7 @@ def test_generating_without_cache_matches_the_oracle(name: str, recipe: str) -> 
     one = model_of(name)
     inputs = prompt_of(one)
     steps = 3
-    with positions_logged(one.model.get_decoder()) as log:
+    with positions_logged(decoder_of(one.model)) as log:
         generate(one, inputs, max_new_tokens=steps, use_cache=False)
     with prune(one.model, recipe) as report:
         output = generate(one, inputs, max_new_tokens=steps, use_cache=False)
@@ -690,11 +690,11 @@ def test_generating_without_cache_matches_the_oracle(name: str, recipe: str) -> 
 
 
 def quantized(one: Any) -> Any:
-    return QuantizedCache("fp8", one.model.get_decoder().config)
+    return QuantizedCache("fp8", decoder_of(one.model).config)
 
 
 def static(one: Any) -> Any:
-    return StaticCache(one.model.get_decoder().config, max_cache_len=256)
+    return StaticCache(decoder_of(one.model).config, max_cache_len=256)
 
 
 def foreign(one: Any) -> Any:
@@ -712,7 +712,7 @@ def test_other_caches_are_refused_before_any_work(name: str, make: Any) -> None:
         return
     before = snapshot(one.model)
     worked = []
-    layer = one.model.get_decoder().layers[0]
+    layer = decoder_of(one.model).layers[0]
     with pytest.raises(UnsupportedModelError, match="needs a DynamicCache"):
         with prune(one.model, EVERYWHERE):
             handle = layer.self_attn.register_forward_pre_hook(lambda *_: worked.append(1))
@@ -763,7 +763,7 @@ def test_no_square_tensor_and_no_higher_peak(name: str, recipe: str) -> None:
     one = model_of(name)
     inputs = repeated(prompt_of(one), 12)
     length = inputs["input_ids"].shape[1]
-    config = one.model.get_decoder().config
+    config = decoder_of(one.model).config
     with Watch() as plain:
         one.model(**inputs, use_cache=True, logits_to_keep=1)
     with prune(one.model, recipe), Watch() as lean:
@@ -834,7 +834,7 @@ def test_compact_positions_match_the_oracle(name: str, recipe: str, kind: str) -
                 pass
         assert snapshot(one.model) == before
         return
-    with positions_logged(one.model.get_decoder()) as log:
+    with positions_logged(decoder_of(one.model)) as log:
         second_turn(one, inputs)
     with prune(one.model, recipe, positions="compact") as report:
         first = generate(one, inputs)
@@ -862,7 +862,7 @@ def test_compact_positions_match_the_oracle(name: str, recipe: str, kind: str) -
 def test_compact_positions_are_those_of_a_shorter_input(name: str) -> None:
     one = model_of(name)
     inputs = prompt_of(one)
-    model = one.model.get_decoder()
+    model = decoder_of(one.model)
     embeddings = []
     with prune(one.model, "random(keep=0.4)", positions="compact") as report:
         # After the engine's hook: some models are given ids, and embed them within.
@@ -898,7 +898,7 @@ def test_compact_positions_without_cache_and_mask() -> None:
 def test_kv_bytes_really_fall(name: str, recipe: str) -> None:
     run = pruned(name, recipe)
     samples, length = run.read.shape
-    heads = run.one.model.get_decoder().config.num_key_value_heads
+    heads = decoder_of(run.one.model).config.num_key_value_heads
     cache = run.output.past_key_values
     entry = 4 * (cache.layers[0].keys.shape[-1] + cache.layers[0].values.shape[-1])
     position = run.calls[0].layouts[0].position

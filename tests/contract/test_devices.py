@@ -15,7 +15,7 @@ from tests import tiny
 from tests.contract.cases import COMBINED, EVERYWHERE, THREE, refusal
 from tests.contract.devices import FIRST, HOST, SECOND, Devices, device_of, place, place_module
 from tests.contract.harness import generate, logits_of, prompt_of, pruned
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, decoder_of
 from tokenprune import Session, prune
 from tokenprune.loading import load_model
 from tokenprune.rollback import cache_from_state, cache_state
@@ -29,7 +29,7 @@ def spread(model: Any) -> None:
 
     accelerate moves what a layer is given, and leaves there what it returns.
     """
-    language_model = model.get_decoder()
+    language_model = decoder_of(model)
     late = [*language_model.layers[2:], language_model.norm, model.get_output_embeddings()]
     for modules, device in ((language_model.layers[:2], FIRST), (late, SECOND)):
         for module in modules:
@@ -96,7 +96,7 @@ def test_a_stored_cache_goes_to_where_its_layers_are() -> None:
     one = tiny.build("llava_onevision")
     spread(one.model)
     run = pruned("llava_onevision", EVERYWHERE)
-    config = one.model.get_decoder().config
+    config = decoder_of(one.model).config
     with Devices(), prune(one.model, EVERYWHERE):
         cache = one.model(**placed(run.inputs), use_cache=True).past_key_values
         cache = cache_from_state(config, *cache_state(cache), FIRST)

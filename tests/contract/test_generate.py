@@ -23,7 +23,7 @@ from tests.contract.harness import (
 )
 from tests.contract.oracle import assert_close, dense_logits, positions_logged
 from tests.contract.snapshot import snapshot
-from tests.tiny import AUDIO, AUDIO_END, AUDIO_START, IMAGE, NAMES, VIDEO
+from tests.tiny import AUDIO, AUDIO_END, AUDIO_START, IMAGE, NAMES, VIDEO, decoder_of
 from tests.tiny import VISION_END as END
 from tests.tiny import VISION_START as START
 from tests.tiny.base import merged, noise, pad_batch, patches, prompt
@@ -118,7 +118,7 @@ def test_several_images_and_clips_match_the_oracle(name: str, recipe: str) -> No
         recipe = "vflowopt(keep=0.4) + uniform(keep=0.5 at=2)"  # it leaves the sound alone
     one = model_of(name)
     inputs = mixed(name, 3, 6, images=3, clips=2)
-    with positions_logged(one.model.get_decoder()) as log:
+    with positions_logged(decoder_of(one.model)) as log:
         plain = generate(one, inputs)
     with prune(one.model, keep_all(recipe)):
         assert torch.equal(logits_of(generate(one, inputs)), logits_of(plain))
@@ -262,7 +262,7 @@ def test_a_compiled_decoder_gives_the_same_logits(name: str, backend: str) -> No
 def test_offloaded_weights_come_back_for_each_layer(name: str, to: str, tmp_path: Path) -> None:
     """accelerate leaves parameters on the meta device, and brings them in when a layer runs."""
     one = tiny.build(name)
-    layers = one.model.get_decoder().layers
+    layers = decoder_of(one.model).layers
     for number, layer in enumerate(layers):
         if to == "memory":
             cpu_offload(layer, execution_device=torch.device("cpu"))
@@ -302,7 +302,7 @@ def test_a_second_model_may_draft(name: str) -> None:
     one = model_of(name)
     assistant = tiny.build(name).model
     with torch.no_grad():
-        for parameter in assistant.get_decoder().layers[4].parameters():
+        for parameter in decoder_of(assistant).layers[4].parameters():
             parameter.mul_(0.5)  # a little off, so that some guesses are wrong
     steps = 12
     with prune(one.model, EVERYWHERE):

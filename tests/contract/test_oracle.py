@@ -22,13 +22,13 @@ from tests.contract.oracle import (
     positions_logged,
     read_decisions,
 )
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, decoder_of
 
 
 def plain_run(name: str, kind: str = "alone", attention: str = "sdpa"):
     one = model_of(name, attention)
     inputs = prompt_of(one, kind)
-    with positions_logged(one.model.get_decoder()) as log:
+    with positions_logged(decoder_of(one.model)) as log:
         output = generate(one, inputs)
     return one, inputs, output, log.whole()
 
@@ -75,7 +75,7 @@ def test_tokens_dropped_at_the_input_are_as_if_never_there() -> None:
     _, dense, replay = by_hand("llava", lambda media: decision(0, media[::2], 32))
     one, inputs, output, _ = plain_run("llava")
     seen = []
-    handle = one.model.get_decoder().register_forward_pre_hook(
+    handle = decoder_of(one.model).register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
     generate(one, inputs)
@@ -83,7 +83,7 @@ def test_tokens_dropped_at_the_input_are_as_if_never_there() -> None:
     embeddings = torch.cat(seen, dim=1)
     kept = (~replay.gone[0][0]).nonzero()[:, 0]
     with torch.no_grad():
-        out = one.model.get_decoder()(
+        out = decoder_of(one.model)(
             inputs_embeds=embeddings[:, kept],
             position_ids=kept[None],
             attention_mask=torch.ones(1, len(kept)),

@@ -17,7 +17,7 @@ from tests.contract.harness import codes_of, generate, logits_of
 from tests.contract.memory import Watch
 from tests.contract.oracle import assert_close, dense_logits, positions_logged, read_decisions
 from tests.contract.snapshot import snapshot
-from tests.tiny import Tiny
+from tests.tiny import Tiny, decoder_of
 from tokenprune import Session
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.loading import LoadedModel, load_model, read_media
@@ -88,7 +88,7 @@ def watched(checkpoint: Callable[[str], Path], files: Any) -> Iterator[Callable[
         one = Tiny(
             name, loaded.model, loaded.model.generation_config.suppress_tokens, lambda *_: {}
         )
-        with positions_logged(loaded.model.get_decoder()) as log:
+        with positions_logged(decoder_of(loaded.model)) as log:
             output = generate(one, inputs)
         return Watched(loaded, files.silent, inputs, output, log.whole())
 
@@ -121,7 +121,7 @@ def same(one: Any, other: Any) -> bool:
 def test_watching_in_groups_is_watching_at_once(name: str, watched: Any) -> None:
     run = watched(name)
     with run.session() as session:
-        with positions_logged(run.loaded.model.get_decoder()) as log:
+        with positions_logged(decoder_of(run.loaded.model)) as log:
             output = ask(session)
         assert len(session.groups) == 2
 
@@ -162,7 +162,7 @@ def test_pruned_groups_are_the_oracle(name: str, recipe: str, watched: Any) -> N
     assert len(calls) == len(groups) == 2
     assert all(group.media_tokens["after"] < group.media_tokens["before"] for group in groups)
     read = output.sequences[:, :-1]
-    heads = run.loaded.model.get_decoder().config.num_key_value_heads
+    heads = decoder_of(run.loaded.model).config.num_key_value_heads
     codes = codes_of(run.tiny, recipe)
     replay = read_decisions(calls, 1, read.shape[1], heads, codes)
     # The positions of the unpruned answer are those of any answer of its length.
@@ -220,7 +220,7 @@ def test_a_failure_leaves_the_session_as_it_was(
     run = watched(name)
     with run.session("uniform(keep=0.5)") as session:
         expected = ask(session)
-        layer = run.loaded.model.get_decoder().layers[2]
+        layer = decoder_of(run.loaded.model).layers[2]
 
         def fail(*_: Any) -> None:
             raise RuntimeError("out of memory")

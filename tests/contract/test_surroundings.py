@@ -21,7 +21,7 @@ from tests.contract.harness import (
 )
 from tests.contract.oracle import assert_close, dense_logits
 from tests.contract.snapshot import snapshot
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, decoder_of
 from tokenprune import prune
 
 
@@ -112,7 +112,7 @@ def test_gradients_pass_through(name: str) -> None:
 def test_hooks_of_accelerate_stay(name: str) -> None:
     """With `device_map` accelerate puts a forward of its own on each module."""
     one = tiny.build(name)
-    language_model = one.model.get_decoder()
+    language_model = decoder_of(one.model)
     for module in (language_model, *language_model.layers):
         add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
     plain = generate(one, prompt_of(one))

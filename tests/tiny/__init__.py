@@ -24,6 +24,7 @@ from tests.tiny.base import (
     VOCABULARY,
     Builder,
     Tiny,
+    decoder_of,
     pad_batch,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "VOCABULARY",
     "Tiny",
     "build",
+    "decoder_of",
     "family_of",
     "pad_batch",
 ]

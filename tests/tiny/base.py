@@ -83,6 +83,12 @@ def _pad_right(values: Tensor, size: list[int]) -> Tensor:
     return padded
 
 
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The language model; before they had an inner model, thinkers named themselves instead."""
+    decoder = model.get_decoder()
+    return decoder if hasattr(decoder, "layers") else decoder.model
+
+
 # -- parts
 
 
