@@ -183,7 +183,7 @@ def test_ask_in_groups_from_the_command_line(command, checkpoint, files, tmp_pat
         assert drawn.format == "PNG" and drawn.width > drawn.height
     table = command("ask", files.video, "what?", *arguments)
     assert str(picture) in table.err
-    assert "media tokens" in table.out and "pictures decoded" in table.out
+    assert "media tokens" in table.out and " pictures" in table.out
 
 
 def test_watching_draws_its_timeline(command, checkpoint, files, tmp_path):

@@ -199,8 +199,8 @@ def numbers(answers: Sequence[Answer]) -> list[tuple[str, list[str]]]:
     """What answers cost, row by row: its name, and a cell for each answer."""
     sites = list(dict.fromkeys(site for one in answers for site in one.media_tokens["per_site"]))
     decoded = [
-        ("  pictures decoded", [str(one.pictures_decoded) for one in answers]),
-        ("  bytes read", [_size(one.bytes_read) for one in answers]),
+        ("  decoded", [f"{one.pictures_decoded} pictures" for one in answers]),
+        ("  read", [_size(one.bytes_read) for one in answers]),
     ]
     return [
         ("frames", [str(one.frames) for one in answers]),
