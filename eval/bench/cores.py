@@ -2,10 +2,11 @@
 
     python -m tokenprune.eval.bench.cores --files /var/tmp/footage
 
-The plan's units are decoded one by one by one worker and timed. Then they are handed, in order, to
-as many workers as there are cores, each taking the next when it is done, as the reader does. What
-is not modelled: cores that slow each other down, and codec threads where units are few. The index
-is made by one core before all else; it is measured, too.
+The plan's units are decoded one by one by one worker; what is taken is processor time, so that
+other work on the machine does not count. Then they are handed, in order, to as many workers as
+there are cores, each taking the next when it is done, as the reader does. What is not modelled:
+cores that slow each other down, and codec threads where units are few. The index is made by one
+core before all else; it is measured, too.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Costs:
     """What was measured of a file.
 
     Attributes:
-        index: seconds to index it.
-        units: seconds to decode each unit, in order.
+        index: processor seconds to index it.
+        units: processor seconds to decode each unit, in order.
     """
 
     index: float
@@ -51,17 +52,17 @@ class Costs:
 
 def measure(path: Path, wanted: tuple[int, ...]) -> Costs:
     """Decode all units of the plan for many workers, one after the other."""
-    begin = time.perf_counter()
+    begin = time.thread_time()
     index = index_video(path)
-    index_seconds = time.perf_counter() - begin
+    index_seconds = time.thread_time() - begin
     ranks = np.array(wanted)
     rows = Rows(np.array([0, len(ranks)]), SIZE, len(ranks))
     worker = UnitDecoder(index, SIZE, 1, rows, np.zeros(2, np.int64))
     seconds = []
     for unit in plan_units(index, ranks, MOST_CORES):
-        begin = time.perf_counter()
+        begin = time.thread_time()
         worker.decode(unit)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.thread_time() - begin)
     worker.close()
     return Costs(index_seconds, seconds)
 
