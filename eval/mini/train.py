@@ -24,6 +24,7 @@ from tokenprune.eval.mini.curriculum import JOINT, train_language
 from tokenprune.eval.mini.language import (
     Bank,
     align_lateness,
+    align_pairs,
     align_words,
     balancing,
     build_bank,
@@ -126,6 +127,9 @@ def language(
     lateness: Annotated[
         bool, typer.Option(help="Give `last` its head with --start, too: the shipped model did.")
     ] = False,
+    pairs: Annotated[
+        bool, typer.Option(help="Give pairs their heads with --start, too: `llava` did.")
+    ] = False,
 ) -> None:
     """Train the language model on the bank, short videos first."""
     set_up(run, threads)
@@ -135,6 +139,8 @@ def language(
         align_words(mini, bank)  # a checkpoint overwrites it
     if not mini.text_follows and (start is None or lateness):
         align_lateness(mini, bank, seed)
+    if mini.text_follows and (start is None or pairs):
+        align_pairs(mini, bank)
     train_language(
         mini,
         bank,
