@@ -260,6 +260,7 @@ class Patch:
                     return encode(*args, **kwargs)
                 bound = signature.bind(*args, **kwargs).arguments
                 arguments = {**bound, **bound.pop("kwargs", {})}
+                arguments.pop("inputs_embeds", None)  # large, and not of the media
                 kind = self.adapter.modality(modality, arguments, self._prompt)
                 call = MediaCall(kind, arguments)
                 started = Mark(self._lm)
