@@ -527,20 +527,17 @@ class Patch:
 
         def cut(value: Any, dim: int) -> Any:
             if id(value) not in self._sliced:  # once a narrowing, not once a layer
-                whole = isinstance(value, tuple)
-                short = (
-                    tuple(take(v, source, dim) for v in value)
-                    if whole
-                    else take(value, source, dim)
-                )
-                self._sliced[id(value)] = (value, short)
+                several = value if isinstance(value, tuple) else (value,)
+                short = tuple(take(one, source, dim % one.ndim) for one in several)
+                self._sliced[id(value)] = (value, short if several is value else short[0])
             return self._sliced[id(value)][1]
 
         kwargs = dict(kwargs)
         if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = cut(kwargs["position_ids"], kwargs["position_ids"].ndim - 1)
+            kwargs["position_ids"] = cut(kwargs["position_ids"], -1)
         if kwargs.get("position_embeddings") is not None:
-            kwargs["position_embeddings"] = cut(kwargs["position_embeddings"], 1)
+            # [B, N, d]; older releases keep those of time, row and column apart: [3, B, N, d].
+            kwargs["position_embeddings"] = cut(kwargs["position_embeddings"], -2)
         rest = tuple(
             cut(one, 1)
             if isinstance(one, Tensor) and one.ndim > 1 and one.shape[1] == length
