@@ -11,8 +11,6 @@ import re
 from typing import Any
 
 import pytest
-import transformers
-from packaging.version import Version
 
 from tests.tiny import FAMILIES, NAMES, family_of
 
@@ -80,9 +78,6 @@ NO_BEAMS: dict[str, str] = {
     "glm4v_video": "frames hold image placeholders, and it counts video placeholders",
     "video_llama_3_compressed": "it counts the tokens that the processor left out as well",
 }
-
-if Version(transformers.__version__) < Version("5.10"):
-    NO_BEAMS["qwen2_5_vl"] = "older releases take the seconds of clips for those of images too"
 
 NO_CHUNKS: dict[str, str] = {
     # Variants that transformers itself cannot prefill in chunks, however large: why.

@@ -11,6 +11,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+import pytest
+import transformers
+from packaging.version import Version
+
 from tests.tiny.base import (
     AUDIO,
     AUDIO_END,
@@ -65,9 +69,17 @@ FAMILIES = _gather("FAMILIES")
 VARIANTS = _gather("VARIANTS")
 NAMES = sorted({**FAMILIES, **VARIANTS})
 
+UNUSABLE: dict[str, str] = {}
+"""Families that the release of transformers at hand cannot build, or whose prompts: why."""
+if Version(transformers.__version__) < Version("5.10"):
+    UNUSABLE["aya_vision"] = "transformers refuses its own default for use_cache of Cohere 2"
+    UNUSABLE["granite_speech"] = "transformers takes one sound a prompt, and these hold two"
+
 
 def build(name: str, *, attention: str = "sdpa") -> Tiny:
     """Build the tiny model of this name; the same name always gives the same weights."""
+    if reason := UNUSABLE.get(family_of(name)):
+        pytest.skip(reason)
     return {**FAMILIES, **VARIANTS}[name](name, attention)
 
 

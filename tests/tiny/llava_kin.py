@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -35,7 +37,7 @@ def _vipllava(name: str, attention: str) -> Tiny:
         vision_config=clip(),
         text_config=text_config("llama"),
         image_token_index=IMAGE,
-        vision_feature_layer=[-2, 1],
+        vision_feature_layers=[-2, 1],
     )
 
     def make(generator: torch.Generator, closing: int, short: bool) -> Inputs:
@@ -55,6 +57,10 @@ def _video_llava(name: str, attention: str) -> Tiny:
         image_token_index=IMAGE,
         video_token_index=VIDEO,
     )
+    architecture = transformers.VideoLlavaForConditionalGeneration
+    # Releases of transformers differ in the name.
+    named = inspect.signature(architecture.forward).parameters
+    images_name = "pixel_values" if "pixel_values" in named else "pixel_values_images"
 
     def video(generator: torch.Generator, closing: int, short: bool) -> Inputs:
         # All clips of a batch hold equally many frames: a class token and 4x4 patches each.
@@ -71,12 +77,12 @@ def _video_llava(name: str, attention: str) -> Tiny:
                 [[IMAGE] * 16, [VIDEO] * (2 * 17), *[[IMAGE] * 16] * (images - 1)],
                 closing,
             ),
-            "pixel_values": noise(generator, images, 3, 56, 56),
+            images_name: noise(generator, images, 3, 56, 56),
             "pixel_values_videos": noise(generator, 1, 2, 3, 56, 56),
         }
 
     make = {"video_llava": both, "video_llava_video": video}[name]
-    return make_tiny(name, transformers.VideoLlavaForConditionalGeneration, config, attention, make)
+    return make_tiny(name, architecture, config, attention, make)
 
 
 def _mistral3(name: str, attention: str) -> Tiny:
