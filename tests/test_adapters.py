@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
 from tests.contract.cases import NO_BEAMS, SOUND_ONLY, TORN_BY_BEAMS
 from tests.tiny import (
@@ -59,6 +60,8 @@ OMNI = ("qwen2_5_omni", "qwen3_omni_moe")
 IDEFICS = ("idefics3", "smolvlm")
 PIXTRAL = ("llava_pixtral", "mistral3")
 PERCEIVING = ("longva", "perception_lm")
+ENCODES_AHEAD = "mm_encoder_outputs" in inspect.getsource(GenerationMixin)
+"""Whether `generate` encodes images before it repeats them for beams."""
 PAINTED = [name for name in NAMES if name not in SOUND_ONLY]
 
 
@@ -141,6 +144,16 @@ def passed_on(values: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(values[..., :CHANNELS], (0, width - CHANNELS))
 
 
+def inner(tower: Any) -> Any:
+    """What holds the blocks; older releases of transformers wrap it once more."""
+    return getattr(tower, "vision_model", tower)
+
+
+def pictures_in(inputs: dict[str, Any]) -> str:
+    """What inputs call their images; releases of transformers differ for Video-LLaVA."""
+    return "pixel_values_images" if "pixel_values_images" in inputs else "pixel_values"
+
+
 class Paint:
     """Numbers `[patches, 4]` for all patches of a call, in the order of its pixels."""
 
@@ -187,7 +200,7 @@ class Paint:
             self.hook(self.base.connector.modality_projection, self.project)
         elif family == "gemma3":
             self.hook(tower.block, self.cover)
-            self.hook(self.base.vision_tower.post_layernorm, self.leave)
+            self.hook(inner(self.base.vision_tower).post_layernorm, self.leave)
             projector = self.base.multi_modal_projector
             self.hook(projector.mm_soft_emb_norm, self.leave)
             torch.nn.init.eye_(projector.mm_input_projection_weight)
@@ -363,8 +376,8 @@ def idefics_values(name: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
 def kin_values(name: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """Views in the order of encoding; those of a Pixtral tower have any size."""
     values = {}
-    if "pixel_values" in inputs:
-        count = inputs["pixel_values"].shape[:-3].numel()
+    if pictures_in(inputs) in inputs:
+        count = inputs[pictures_in(inputs)].shape[:-3].numel()
         sides = inputs["image_sizes"] // 14 if name in PIXTRAL else torch.full((count, 2), 4)
         parts = [(n, raster(1, *side)) for n, side in enumerate(sides.tolist())]
         values["image"] = numbered(parts)
@@ -623,6 +636,8 @@ def test_order_of_windows_is_the_model_s() -> None:
 
     adapter: Any = adapter_for(build("qwen2_5_vl").model)
     grids = [(1, 8, 12), (3, 6, 10), (2, 4, 4)]
+    if not hasattr(modeling_qwen2_5_vl, "get_vision_window_index"):
+        pytest.skip("this release of transformers has no function for it")
     order, _ = modeling_qwen2_5_vl.get_vision_window_index(torch.tensor(grids), 2, 56, 14)
     assert adapter._order(grids).tolist() == order.tolist()
 
@@ -646,7 +661,7 @@ def test_tower_is_the_block_behind_the_features(layer: int | list[int], block: i
     tiny.model.config.vision_feature_layer = layer
     tower = adapter_for(tiny.model).tower("image")
     assert tower is not None
-    assert tower.block is tiny.model.model.vision_tower.encoder.layers[block]
+    assert tower.block is inner(tiny.model.model.vision_tower).encoder.layers[block]
     assert tower.prefix_tokens == 1
 
 
@@ -712,7 +727,7 @@ def test_grey_gives_the_pixels_below_each_token(name: str) -> None:
     inputs = tiny.inputs()
     values = patches_of(name, inputs)
     family = family_of(name)
-    key = {"image": "pixel_values", "video": "pixel_values_videos"}
+    key = {"image": pictures_in(inputs), "video": "pixel_values_videos"}
     if family == "phi4_multimodal":
         key = {"image": "image_pixel_values"}
     truth: dict[str, list[Tensor]] = {}
@@ -802,6 +817,8 @@ def assert_same(one: TokenLayout, other: TokenLayout, shift: int = 0) -> None:
 
 @pytest.mark.parametrize("name", NO_BEAMS)
 def test_transformers_itself_cannot_repeat_some_media_for_beams(name: str) -> None:
+    if not ENCODES_AHEAD:
+        pytest.skip("this release of transformers repeats pixels, not what it made of them")
     tiny = build(name)
     with pytest.raises(ValueError, match="expected a non-empty list"):
         tiny.model.generate(**tiny.inputs(), num_beams=2, max_new_tokens=1)
@@ -813,6 +830,8 @@ def test_beams_share_the_media_of_their_sample(name: str) -> None:
     inputs = tiny.batch(0)
     if name in TORN_BY_BEAMS:  # generate repeats each sound: one a row
         inputs = pad_batch(tiny.inputs(0, 7, short=True), tiny.inputs(1, 4, short=True))
+    if name in PIXTRAL and not ENCODES_AHEAD:
+        pytest.skip("this release of transformers repeats each image, and not those of a prompt")
     adapter, seen = look(tiny, inputs)
     alone = layouts(adapter, seen, inputs)
     found: list[TokenLayout] = []
@@ -885,7 +904,7 @@ def test_offset_moves_positions() -> None:
 
 @pytest.mark.parametrize(
     ("name", "step"),
-    [("qwen2_5_vl", 1.0), ("qwen2_5_omni", 1.0), ("qwen3_omni_moe", 1.0), ("qwen2_vl", None)],
+    [("qwen2_5_vl_video", 1.0), ("qwen2_5_omni", 1.0), ("qwen3_omni_moe", 1.0), ("qwen2_vl", None)],
 )
 def test_seconds_of_frames(name: str, step: float | None) -> None:
     tiny = build(name)
@@ -999,14 +1018,14 @@ def test_each_modality_has_its_own_tower() -> None:
     for modality, tower in (("image", base.image_tower), ("video", base.video_tower)):
         found = adapter.tower(modality)
         assert found is not None
-        assert found.block is tower.encoder.layers[1]
+        assert found.block is inner(tower).encoder.layers[1]
 
 
 def test_of_several_feature_layers_the_deepest_is_read() -> None:
     tiny = build("vipllava")  # layers -2 and 1 of three
     found = adapter_for(tiny.model).tower("image")
     assert found is not None
-    assert found.block is tiny.model.model.vision_tower.encoder.layers[1]
+    assert found.block is inner(tiny.model.model.vision_tower).encoder.layers[1]
 
 
 @pytest.mark.parametrize("name", PERCEIVING)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tests.contract.cases import SOUND_ONLY
 from tests.test_adapters import layouts, watching
 from tests.tiny import AUDIO as PLACEHOLDER
-from tests.tiny import Tiny, build, decoder_of
+from tests.tiny import NAMES, OLD, UNUSABLE, Tiny, build, decoder_of, family_of
 from tokenprune import prune
 from tokenprune.adapter import adapter_for
 from tokenprune.adapters._sound import MEL_SECONDS
@@ -106,6 +106,8 @@ def embeddings(tiny: Tiny, inputs: dict[str, Any], blocks: str) -> tuple[TokenLa
 
 @pytest.mark.parametrize("name", EARS)
 def test_a_token_is_heard_at_its_seconds(name: str) -> None:
+    if name == "audioflamingo3" and OLD:
+        pytest.skip("this release of transformers takes padding of windows for sound")
     ear = EARS[name]
     tiny = build(name)
     inputs = tiny.inputs()
@@ -133,14 +135,12 @@ def test_a_token_is_heard_at_its_seconds(name: str) -> None:
 
 
 def test_every_family_that_hears_is_here() -> None:
-    from tests.tiny import NAMES
-
     hearing = set()
     for name in NAMES:
         with suppress(pytest.skip.Exception):  # some need a package, and do not hear
             if "audio" in adapter_for(build(name).model).modalities:
                 hearing.add(name)
-    assert hearing == set(EARS)
+    assert hearing == {name for name in EARS if family_of(name) not in UNUSABLE}
 
 
 @pytest.mark.parametrize("name", [*SOUND_ONLY, "phi4_multimodal_sounds"])

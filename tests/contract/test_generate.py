@@ -26,8 +26,7 @@ from tests.contract.snapshot import snapshot
 from tests.tiny import AUDIO, AUDIO_END, AUDIO_START, IMAGE, NAMES, VIDEO, decoder_of
 from tests.tiny import VISION_END as END
 from tests.tiny import VISION_START as START
-from tests.tiny.base import merged, noise, pad_batch, patches, prompt
-from tests.tiny.qwen import SECONDS_ARE_OF_ALL
+from tests.tiny.base import OLD, merged, noise, pad_batch, patches, prompt
 from tokenprune import prune
 from tokenprune.errors import UnsupportedModelError
 
@@ -76,7 +75,7 @@ def mixed_grids(
         "pixel_values_videos": patches(generator, clips),
         "video_grid_thw": torch.tensor(clips),
     }
-    if name == "qwen2_5_vl" and not SECONDS_ARE_OF_ALL:
+    if name == "qwen2_5_vl" and not OLD:
         inputs["second_per_grid_ts"] = torch.tensor([1.0, 0.5][: len(clips)])
     if name == "qwen2_5_omni":
         inputs["video_second_per_grid"] = torch.tensor([1.0, 0.5][: len(clips)])

@@ -12,14 +12,13 @@ import importlib
 import pkgutil
 
 import pytest
-import transformers
-from packaging.version import Version
 
 from tests.tiny.base import (
     AUDIO,
     AUDIO_END,
     AUDIO_START,
     IMAGE,
+    OLD,
     PAD,
     PINPOINTS,
     VIDEO,
@@ -39,8 +38,10 @@ __all__ = [
     "FAMILIES",
     "IMAGE",
     "NAMES",
+    "OLD",
     "PAD",
     "PINPOINTS",
+    "UNUSABLE",
     "VARIANTS",
     "VIDEO",
     "VISION_END",
@@ -71,7 +72,7 @@ NAMES = sorted({**FAMILIES, **VARIANTS})
 
 UNUSABLE: dict[str, str] = {}
 """Families that the release of transformers at hand cannot build, or whose prompts: why."""
-if Version(transformers.__version__) < Version("5.10"):
+if OLD:
     UNUSABLE["aya_vision"] = "transformers refuses its own default for use_cache of Cohere 2"
     UNUSABLE["granite_speech"] = "transformers takes one sound a prompt, and these hold two"
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import transformers
-from packaging.version import Version
 
 from tests.tiny.base import (
     IMAGE,
+    OLD,
     VIDEO,
     VISION_END,
     VISION_START,
@@ -24,9 +24,6 @@ from tests.tiny.base import (
     prompt,
     text_config,
 )
-
-SECONDS_ARE_OF_ALL = Version(transformers.__version__) < Version("5.10")
-"""Qwen2.5-VL: older releases of transformers take the seconds of clips for those of images too."""
 
 QWEN_TOKENS = {
     "image_token_id": IMAGE,
@@ -91,7 +88,8 @@ def _qwen2_5_vl(name: str, attention: str) -> Tiny:
     text = text_config("qwen2_5_vl_text", **mrope()).to_dict()
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=windows(), **QWEN_TOKENS)
     image = name != "qwen2_5_vl_video"
-    seconds = "" if image and SECONDS_ARE_OF_ALL else "second_per_grid_ts"
+    # Older releases of transformers take the seconds of clips for those of images too.
+    seconds = "" if image and OLD else "second_per_grid_ts"
     make = qwen_inputs(seconds=seconds, image=image)
     architecture = transformers.Qwen2_5_VLForConditionalGeneration
     return make_tiny(name, architecture, config, attention, make)
