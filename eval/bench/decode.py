@@ -389,8 +389,8 @@ def main(
     until = time.monotonic() + 60 * minutes
     bench = Bench(out, files, extra_path)
     try:
-        for name in [] if show else names:
-            for number in range(repeats):
+        for number in range(0 if show else repeats):
+            for name in names:
                 due = methods_due(bench.runs, name, number, slow_seconds, slow_repeats)
                 due = [method for method in due if method in chosen]
                 bench.round(name, number, due, limit, until)
