@@ -50,7 +50,7 @@ from tests.contract.harness import (
 from tests.contract.memory import Watch
 from tests.contract.oracle import assert_close, dense_logits, positions_logged
 from tests.contract.snapshot import snapshot
-from tests.tiny import FAMILIES, NAMES, decoder_of
+from tests.tiny import FAMILIES, NAMES, OLD, PAD, decoder_of
 from tokenprune import prune
 from tokenprune.adapter import adapter_for, list_models
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
@@ -420,6 +420,9 @@ def test_a_left_padded_batch_equals_each_alone(name: str, recipe: str) -> None:
     for row, kind in enumerate(("alone", "second")):
         alone = pruned(name, recipe, kind)
         shift = batch.prompt_length - alone.prompt_length
+        unpadded = logits_of(unpruned(name, kind).output)[0]
+        if OLD and (logits_of(unpruned(name, "batch").output)[row] - unpadded).abs().max() > 1e-3:
+            pytest.skip("this release of transformers lets padding of this family leak")
         mine = [one for one in batch.calls[0].decisions if one.sample == row]
         assert len(mine) == len(alone.calls[0].decisions)
         for one, other in zip(mine, alone.calls[0].decisions, strict=True):
@@ -568,8 +571,9 @@ def test_assisted_decoding_matches_the_oracle(name: str, recipe: str) -> None:
     crop = DynamicCache.crop
 
     def watched(cache: DynamicCache, count: int) -> None:
-        taken_back.append(count)
+        length = cache.get_seq_length()
         crop(cache, count)
+        taken_back.append(length - cache.get_seq_length())
 
     one = model_of(name)
     inputs = one.inputs(2, 60)  # much text, so that guesses are made
@@ -579,12 +583,13 @@ def test_assisted_decoding_matches_the_oracle(name: str, recipe: str) -> None:
     with prune(one.model, recipe) as report, pytest.MonkeyPatch.context() as patch:
         patch.setattr(DynamicCache, "crop", watched)
         guesses = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
+        guesses["eos_token_id"] = PAD  # older releases need one; it is suppressed
         output = generate(one, inputs, max_new_tokens=steps, **guesses)
-    assert min(taken_back) < 0, "no guess was wrong: nothing was cropped"
+    assert max(taken_back) > 0, "no guess was wrong: nothing was cropped"
     read = output.sequences[:, :-1]
     replay = replay_of(one, recipe, report.calls, *read.shape)
     # The first guesses are part of the prefill. Those that were wrong are read again after it.
-    start = report.calls[0].length + taken_back[0]
+    start = report.calls[0].length - taken_back[0]
     replay.dropped = [(layer, start, mask) for layer, _, mask in replay.dropped]
     expected = dense_logits(one.model, inputs, read, replay, log.whole())
     assert_close(logits_of(output), expected[:, -steps:])
@@ -690,7 +695,12 @@ def test_generating_without_cache_matches_the_oracle(name: str, recipe: str) -> 
 
 
 def quantized(one: Any) -> Any:
-    return QuantizedCache("fp8", decoder_of(one.model).config)
+    try:
+        return QuantizedCache("fp8", decoder_of(one.model).config)
+    except ValueError as error:
+        if "Unknown quantization backend" not in str(error):
+            raise
+        pytest.skip("this release of transformers quantises only with other packages")
 
 
 def static(one: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from torch import Tensor
+from transformers import GenerationMixin
 
 from tests import tiny
 from tests.contract.cases import COMBINED, EVERYWHERE, NO_CHUNKS, THREE, keep_all, uses
@@ -147,6 +149,13 @@ def test_a_batch_of_different_mixtures_equals_each_alone(name: str) -> None:
 # -- prefill in chunks
 
 
+in_chunks = pytest.mark.skipif(
+    "mm_encoder_outputs" not in inspect.getsource(GenerationMixin),
+    reason="this release of transformers loses media where it prefills in chunks",
+)
+
+
+@in_chunks
 @pytest.mark.parametrize("name, recipe", uses())
 def test_a_chunk_that_holds_the_prompt_changes_nothing(name: str, recipe: str) -> None:
     """Where transformers can do without pruning what is asked for."""
@@ -161,6 +170,7 @@ def test_a_chunk_that_holds_the_prompt_changes_nothing(name: str, recipe: str) -
         assert_fails_alike(one, recipe, 1000, error)
 
 
+@in_chunks
 @pytest.mark.parametrize("name", NAMES)
 def test_chunks_that_cut_media_are_refused(name: str) -> None:
     """By us where media are encoded ahead, by transformers where they are not."""
@@ -197,6 +207,7 @@ def assert_fails_alike(one: tiny.Tiny, recipe: str, size: int, error: Exception)
     assert torch.equal(logits_of(generate(one, prompt_of(one))), expected)
 
 
+@in_chunks
 @pytest.mark.parametrize("name", THREE)
 def test_a_second_turn_may_be_read_in_chunks(name: str) -> None:
     one = model_of(name)
