@@ -22,6 +22,7 @@ from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
+from unittest.mock import patch
 
 import torch
 import typer
@@ -306,20 +307,17 @@ def reading_timed() -> Iterator[list[float]]:
     read = Patch._read_tower
 
     @functools.wraps(read)
-    def timed(patch: Patch, tower: Any, query: Tensor, *args: Any) -> None:
+    def timed(self: Patch, tower: Any, query: Tensor, *args: Any) -> None:
         if query.is_cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
-        read(patch, tower, query, *args)
+        read(self, tower, query, *args)
         if query.is_cuda:
             torch.cuda.synchronize()
         spent.append(time.perf_counter() - started)
 
-    Patch._read_tower = timed  # type: ignore[method-assign]
-    try:
+    with patch.object(Patch, "_read_tower", timed):
         yield spent
-    finally:
-        Patch._read_tower = read  # type: ignore[method-assign]
 
 
 def spawn(recipe: str, frames: int, vision_layers: int, threads: int) -> str:
