@@ -8,8 +8,8 @@ whole; the image processor for that, which transformers lacks, is here. transfor
 to load it: load by `tokenprune.loading.load_model`, or import this module before.
 
 Differences that remain: pictures are resized by torchvision, as transformers does, where LongVA
-uses PIL (both bicubic, a level of 255 apart at most here and there), and by the decoder where it
-resizes frames (see `read_video`). Images of one prompt must have equally many tiles, since
+uses PIL (both bicubic, up to three levels of 255 apart here and there), and by the decoder where
+it resizes frames (see `read_video`). Images of one prompt must have equally many tiles, since
 PerceptionLM takes them in one tensor.
 """
 
