@@ -104,6 +104,39 @@ def test_frames_may_come_one_by_one(loaded, files):
     assert live.kv_bytes == whole.kv_bytes
 
 
+def test_frames_that_failed_may_be_given_again(loaded, files, monkeypatch):
+    """Of the call that failed none wait; those that waited before it still do."""
+    clip = read_video(files.video, fps=10, size=(56, 84)).frames
+    plain, session = (
+        Session(loaded.model, loaded.processor, "uniform(keep=0.5)", group=4) for _ in range(2)
+    )
+    plain.watch(clip, fps=10.0)
+    expected = plain.generate("what?", max_new_tokens=4)
+    session.watch(clip[:5], fps=10.0)  # one waits
+    forward = type(session._watcher)._forward
+    left = [0]
+
+    def fail(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("out of memory")
+        return forward(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(session._watcher), "_forward", fail)
+        for watch in (lambda: session.watch(clip[5:]), lambda: session.ask("what?")):
+            with pytest.raises(RuntimeError, match="out of memory"):
+                watch()
+            assert (session.frames, len(session.groups)) == (5, 1)
+        left[0] = 1  # the second group of the call fails
+        with pytest.raises(RuntimeError, match="out of memory"):
+            session.watch(torch.cat([clip[5:], clip]))
+        assert (session.frames, len(session.groups)) == (8, 2)
+    session.watch(clip[8:])
+
+    assert torch.equal(session.generate("what?", max_new_tokens=4), expected)
+
+
 def test_later_frames_are_brought_to_the_first_ones_size(session):
     session.watch(frames(4), fps=2.0)
     session.watch(frames(4, side=112))

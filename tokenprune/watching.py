@@ -177,9 +177,16 @@ class Watcher:
         elif fps is not None:
             self._check_rate(fps)
         assert self.size is not None
-        self._waiting.append(self._resize(frames, self.size))
-        while sum(map(len, self._waiting)) >= self.group:
-            self._prefill_waiting(self.group)
+        waited, groups = self._waiting, len(self.groups)
+        self._waiting = [*waited, self._resize(frames, self.size)]
+        try:
+            while sum(map(len, self._waiting)) >= self.group:
+                self._prefill_waiting(self.group)
+        except BaseException:
+            # Frames of this call must not wait: a second try would watch them twice.
+            kept = self.told is not None and len(self.groups) == groups
+            self._waiting = waited if kept else []
+            raise
         # What waits must not keep alive what went by.
         self._waiting = [one.clone() for one in self._waiting]
 
@@ -216,10 +223,10 @@ class Watcher:
     def _prefill_waiting(self, count: int) -> None:
         assert self.pace is not None
         frames = torch.cat(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
-        self._waiting = [frames[count:]] if len(frames) > count else []
         step = self.pace.source_fps / self.pace.sampled_fps
         indices = self.source_frames + (torch.arange(count) * step).round().long()
         self._prefill(Group.of(frames[:count], indices, self.pace))
+        self._waiting = [frames[count:]] if len(frames) > count else []
         self.source_frames += round(count * step)
 
     def _prefill(self, group: Group) -> None:
