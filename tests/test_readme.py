@@ -47,6 +47,20 @@ def test_the_session_runs(
     assert Path("sample.safetensors").stat().st_size > 10_000
 
 
+def test_frames_and_sound_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    write_sample("out/sample.mp4", seconds=8)
+    exec(compile(BLOCKS[2], "README.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("torch.Size([64, 3, 224, 384])")
+    assert sum(map(int, lines[1:-2])) == 8
+    assert lines[-2] == "torch.Size([8, 3, 308, 588])"
+    assert lines[-1].startswith("torch.Size([128")
+
+
 def test_the_method_to_add_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokenprune.stage._METHODS", {})  # it is not there for other tests
     lines = [
@@ -55,7 +69,7 @@ def test_the_method_to_add_works(monkeypatch: pytest.MonkeyPatch) -> None:
         "from tokenprune.selection import Selection, count",
         "from tokenprune.stage import Cache, CacheContext, Site, Stage",
         "from tokenprune.stages.selectors import top",
-        BLOCKS[2],
+        BLOCKS[3],
     ]
     names: dict[str, type[Method]] = {}
     exec(compile("\n".join(lines), "README.md", "exec"), names)
