@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 FIRST, SECOND = torch.device("cpu:0"), torch.device("cpu:1")
 HOST = torch.device("cpu")
+FACTORIES = (torch.arange, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros)
+"""They make tensors of the host, wherever a scalar that they are given lies."""
 
 
 class Devices(TorchFunctionMode):
@@ -33,16 +35,20 @@ class Devices(TorchFunctionMode):
             return moved(args[0], HOST)
         device = kwargs.get("device")
         if device is None:
-            device = meeting(function, args, kwargs)
+            device = HOST if function in FACTORIES else meeting(function, args, kwargs)
         elif torch.device(device).type == HOST.type:
             kwargs["device"] = HOST
         device = torch.device(device)
-        return tree_map(lambda one: place(one, device), function(*args, **kwargs))
+        found = function(*args, **kwargs)
+        if isinstance(found, torch.Size):  # it would come out of the map as a plain tuple
+            return found
+        return tree_map(lambda one: place(one, device), found)
 
 
 def moved(tensor: Tensor, *told: Any, **settings: Any) -> Tensor:
     """`Tensor.to`: a copy, where devices differ."""
     asked = [*told, settings.get("device"), settings.get("dtype")]
+    asked = [torch.bool if one is bool else one for one in asked]
     asked += [
         part for one in told if isinstance(one, Tensor) for part in (device_of(one), one.dtype)
     ]
