@@ -24,35 +24,34 @@ def table(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
 
 
-def test_the_first_example_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be in a folder of one's own that holds the video of the examples, if a short one."""
     monkeypatch.chdir(tmp_path)
     Path("out").mkdir()
-    write_sample("out/sample.mp4", seconds=6)
+    write_sample("out/sample.mp4", seconds=8)
+
+
+beside_a_sample = pytest.mark.usefixtures("sample")
+
+
+@beside_a_sample
+def test_the_first_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     with torch.inference_mode():
         exec(compile(BLOCKS[0], "README.md", "exec"), {})
     assert "vflowopt(keep=0.25) + plphp(keep=0.5)" in capsys.readouterr().out
     assert Path("kept.png").exists()
 
 
-def test_the_session_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("out").mkdir()
-    write_sample("out/sample.mp4", seconds=6)
+@beside_a_sample
+def test_the_session_runs(capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(BLOCKS[1], "README.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) == 2
     assert Path("sample.safetensors").stat().st_size > 10_000
 
 
-def test_frames_and_sound_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("out").mkdir()
-    write_sample("out/sample.mp4", seconds=8)
+@beside_a_sample
+def test_frames_and_sound_are_read(capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(BLOCKS[2], "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("torch.Size([64, 3, 224, 384])")
