@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.tiny import Tiny, build, decoder_of
 from tokenprune import Recipe, Selection, TokenPruneError, prune
+from tokenprune.cache import CACHE_NAME
 from tokenprune.errors import RecipeError, UnsupportedModelError
 from tokenprune.stage import Cache, Input, Layer, Site, Stage
 from tokenprune.stages.baselines import Random, Uniform
@@ -245,7 +246,7 @@ def test_a_static_cache_fails_before_any_work(kind):
     tiny = model_of("llava")
     expected = generate(tiny)
     if kind == "object":
-        more = {"past_key_values": StaticCache(tiny.model.config, max_cache_len=80)}
+        more = {CACHE_NAME: StaticCache(tiny.model.config, max_cache_len=80)}
     else:
         more = {"cache_implementation": "static"}
     with prune(tiny.model, "random") as report:
@@ -263,7 +264,7 @@ def test_a_pruned_cache_is_of_no_use_outside():
     length = inputs["input_ids"].shape[1]
     assert cache.get_seq_length() == length
     mask = torch.ones(1, length + 1, dtype=torch.int64)
-    step = {"input_ids": torch.tensor([[7]]), "attention_mask": mask, "past_key_values": cache}
+    step = {"input_ids": torch.tensor([[7]]), "attention_mask": mask, CACHE_NAME: cache}
     with (
         torch.no_grad(),
         pytest.raises(UnsupportedModelError, match="this cache was pruned: .* go"),
@@ -281,7 +282,7 @@ def test_a_cache_filled_by_others_fails():
     assert type(cache) is DynamicCache
     with torch.no_grad(), prune(tiny.model, "random"):
         with pytest.raises(UnsupportedModelError, match="already holds .* from outside"):
-            tiny.model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+            tiny.model(input_ids=torch.tensor([[7]]), **{CACHE_NAME: cache})
 
 
 # -- prompts

@@ -46,7 +46,7 @@ from tests.contract.test_contracts import foreign, repeated, static
 from tests.tiny import Tiny, decoder_of, pad_batch
 from tokenprune import Session, prune
 from tokenprune.adapter import Adapter, adapter_for
-from tokenprune.cache import PrunedLayer
+from tokenprune.cache import CACHE_NAME, PrunedLayer
 from tokenprune.engine import Patch
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
 from tokenprune.loading import load_model
@@ -127,7 +127,7 @@ def use(case: Case, settings: dict[str, Any]) -> None:
         cache = foreign(one)
     with prune(one.model, case.recipe):
         if case.use == "a cache of others":
-            one.model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+            one.model(input_ids=torch.tensor([[7]]), **{CACHE_NAME: cache})
         elif case.use == "embeddings":
             embeddings = one.model.get_input_embeddings()(case.inputs["input_ids"])
             one.model(inputs_embeds=embeddings)
@@ -136,7 +136,7 @@ def use(case: Case, settings: dict[str, Any]) -> None:
                 pass
         else:
             if case.use == "a static cache":
-                settings = {**settings, "past_key_values": static(one)}
+                settings = {**settings, CACHE_NAME: static(one)}
             generate(one, case.inputs, max_new_tokens=STEPS, **settings)
 
 

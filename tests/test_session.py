@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import tokenprune
 from tokenprune import Session, prune
+from tokenprune.cache import CACHE_NAME
 from tokenprune.errors import MediaError, RecipeError, TokenPruneError, UnsupportedModelError
 from tokenprune.eval.mini.sample import write_sample
 from tokenprune.loading import load_model, read_media
@@ -245,7 +246,7 @@ def test_ten_questions_cost_one_prefill(session, loaded, files):
         ({"question": " "}, "a question must have words"),
         ({"question": "<|video_pad|>"}, "a question|refuses"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"past_key_values": None}, "past_key_values belong to the session"),
+        ({CACHE_NAME: None}, f"{CACHE_NAME} belong to the session"),
         ({"input_ids": torch.zeros(1, 1)}, "input_ids belong to the session"),
         ({"use_cache": False}, "use_cache=False would forget what was watched"),
         ({"cache_implementation": "static"}, "cache_implementation"),

@@ -6,25 +6,38 @@ sequence. Only this module knows the cache classes of transformers.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import fields
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.indices import pack_mask
 
 __all__ = [
+    "CACHE_NAME",
+    "CACHE_NAMES",
     "Clock",
     "PrunedLayer",
     "adopt",
+    "cache_among",
     "cache_bytes",
     "check_cache",
     "full_cache_bytes",
     "new_cache",
 ]
+
+CACHE_NAMES: Final = ("cache", "past_key_values")
+"""What releases of transformers call the cache, in models, `generate` and outputs: newest first."""
+
+CACHE_NAME: Final = next(
+    name for name in CACHE_NAMES if name in {one.name for one in fields(BaseModelOutputWithPast)}
+)
+"""What the release at hand calls it."""
 
 # A sliding layer remembers this many tokens beyond its window, so that tokens can be taken back,
 # and forgets in steps as large, so that decoding does not rebuild its tensors at each token.
@@ -210,6 +223,12 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
 def new_cache(config: PreTrainedConfig) -> DynamicCache:
     """The cache that a model makes for itself when it is given none."""
     return DynamicCache(config=config)
+
+
+def cache_among(arguments: dict[str, Any]) -> Cache | None:
+    """The cache that a model or `generate` is given, by its name of today or an older one."""
+    found = (arguments.get(name) for name in CACHE_NAMES)
+    return next((cache for cache in found if cache is not None), None)
 
 
 def check_cache(cache: Cache) -> None:

@@ -35,8 +35,11 @@ from tokenprune.attention import (
 )
 from tokenprune.cache import (
     Clock,
+    CACHE_NAME,
+    CACHE_NAMES,
     adopt,
     cache_bytes,
+    cache_among,
     check_cache,
     full_cache_bytes,
     new_cache,
@@ -242,8 +245,9 @@ class Patch:
 
         @functools.wraps(prepare)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("past_key_values") is not None:
-                check_cache(kwargs["past_key_values"])
+            cache = cache_among(kwargs)
+            if cache is not None:
+                check_cache(cache)
             return prepare(*args, **kwargs)
 
         return checked
@@ -331,11 +335,14 @@ class Patch:
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self._lm.config, "use_cache", True)
-        if kwargs.get("past_key_values") is None and use_cache:
-            kwargs["past_key_values"] = new_cache(self._lm.config)
+        cache = cache_among(kwargs)
+        if cache is None and use_cache:
+            cache = new_cache(self._lm.config)
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        kwargs[CACHE_NAME] = cache
         self._reset()
-        self._cache = kwargs.get("past_key_values")
-        cached = self._cache is not None
+        self._cache = cache
+        cached = cache is not None
         self._clock = adopt(self._cache, self.shape.layers) if cached else Clock()
         hidden = kwargs.get("inputs_embeds")
         if hidden is None:

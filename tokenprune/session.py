@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import tokenprune
 from tokenprune.answering import Answer
-from tokenprune.cache import cache_bytes, full_cache_bytes
+from tokenprune.cache import CACHE_NAME, CACHE_NAMES, cache_bytes, full_cache_bytes
 from tokenprune.engine import Patch
 from tokenprune.errors import MediaError, RecipeError, TokenPruneError, UnsupportedModelError
 from tokenprune.loading import LoadedModel, check_question, check_watchable
@@ -30,7 +30,7 @@ from tokenprune.watching import WatchedGroup, Watcher
 
 __all__ = ["Session", "check_session", "watch_and_ask"]
 
-_RESERVED = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+_RESERVED = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", *CACHE_NAMES)
 
 
 class Session:
@@ -313,14 +313,14 @@ class Session:
                     input_ids=prompt.ids,
                     attention_mask=torch.ones_like(prompt.ids),
                     position_ids=self._watcher.positions(prompt),
-                    past_key_values=cache,
+                    **{CACHE_NAME: cache},
                     **prompt.types,
                     **settings,
                 )
         finally:
             mark.restore()
-        if getattr(output, "past_key_values", None) is not None:
-            output.past_key_values = None  # it is the session's, and back at its old length
+        if getattr(output, CACHE_NAME, None) is not None:
+            setattr(output, CACHE_NAME, None)  # it is the session's, and back at its old length
         return output
 
     # -- files

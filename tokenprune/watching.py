@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 from transformers.cache_utils import Cache
 
-from tokenprune.cache import cache_bytes, full_cache_bytes, new_cache
+from tokenprune.cache import CACHE_NAME, cache_bytes, full_cache_bytes, new_cache
 from tokenprune.engine import Patch
 from tokenprune.errors import MediaError, TokenPruneError, UnsupportedModelError
 from tokenprune.loading import LoadedModel, frame_size
@@ -295,10 +295,10 @@ class Watcher:
             model(
                 input_ids=new.ids,
                 position_ids=positions[..., len(told) - len(new) : len(told)],
-                past_key_values=cache,
                 use_cache=True,
                 **types,
                 **new.media,
+                **{CACHE_NAME: cache},
                 **least,
             )
 

@@ -53,6 +53,7 @@ from tests.contract.snapshot import snapshot
 from tests.tiny import FAMILIES, NAMES, OLD, PAD, decoder_of
 from tokenprune import prune
 from tokenprune.adapter import adapter_for, list_models
+from tokenprune.cache import CACHE_NAME
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
 from tokenprune.recipe import Recipe
 from tokenprune.stage import Cache, Input, Layer, list_methods
@@ -507,7 +508,7 @@ def second_turn(one: Any, inputs: dict[str, Any]) -> Any:
     more["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (0, grown), value=1)
     if "mm_token_type_ids" in inputs:
         more["mm_token_type_ids"] = nn.functional.pad(inputs["mm_token_type_ids"], (0, grown))
-    return generate(one, more, past_key_values=first.past_key_values), tokens.shape[1]
+    return generate(one, more, **{CACHE_NAME: first.past_key_values}), tokens.shape[1]
 
 
 @pytest.mark.parametrize("name, recipe", uses(names=tuple(FAMILIES)))
@@ -553,7 +554,7 @@ def test_new_media_on_a_pruned_cache_match_the_oracle(name: str) -> None:
         begun = generate(one, first)
         tokens = torch.cat([begun.sequences, new["input_ids"]], dim=1)
         inputs = {**new, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        output = generate(one, inputs, past_key_values=begun.past_key_values)
+        output = generate(one, inputs, **{CACHE_NAME: begun.past_key_values})
     assert len(report.calls) == 2
     assert report.calls[1].layouts[0].position.min() > begun.sequences.shape[1]
     read = output.sequences[:, :-1]
@@ -608,7 +609,7 @@ def test_a_cropped_cache_goes_on_as_before(name: str, recipe: str, back: int) ->
     def feed(cache: Any, start: int, stop: int) -> Tensor:
         more = {} if position is None else {"position_ids": position[..., start:stop]}
         return one.model(
-            input_ids=tokens[:, start:stop], past_key_values=cache, use_cache=True, **more
+            input_ids=tokens[:, start:stop], **{CACHE_NAME: cache}, use_cache=True, **more
         ).logits
 
     with prune(one.model, recipe):
@@ -727,7 +728,7 @@ def test_other_caches_are_refused_before_any_work(name: str, make: Any) -> None:
         with prune(one.model, EVERYWHERE):
             handle = layer.self_attn.register_forward_pre_hook(lambda *_: worked.append(1))
             try:
-                generate(one, prompt_of(one), past_key_values=make(one))
+                generate(one, prompt_of(one), **{CACHE_NAME: make(one)})
             finally:
                 handle.remove()
     assert not worked
@@ -747,7 +748,7 @@ def test_a_cache_filled_by_others_is_refused() -> None:
     cache = foreign(one)
     tokens = torch.cat([prompt_of(one)["input_ids"], torch.tensor([[7]])], dim=1)
     with pytest.raises(UnsupportedModelError, match="already holds"), prune(one.model, EVERYWHERE):
-        generate(one, {"input_ids": tokens}, past_key_values=cache)
+        generate(one, {"input_ids": tokens}, **{CACHE_NAME: cache})
 
 
 @pytest.mark.parametrize("name", THREE)
@@ -760,7 +761,7 @@ def test_a_pruned_cache_is_refused_outside(name: str) -> None:
     tokens = torch.cat([run.output.sequences, torch.tensor([[7]])], dim=1)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     with pytest.raises(TokenPruneError):
-        generate(one, inputs, past_key_values=cache)
+        generate(one, inputs, **{CACHE_NAME: cache})
 
 
 # -- 5. memory

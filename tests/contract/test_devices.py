@@ -17,6 +17,7 @@ from tests.contract.devices import FIRST, HOST, SECOND, Devices, device_of, plac
 from tests.contract.harness import generate, logits_of, prompt_of, pruned
 from tests.tiny import FAMILIES, decoder_of
 from tokenprune import Session, prune
+from tokenprune.cache import CACHE_NAME
 from tokenprune.loading import load_model
 from tokenprune.rollback import cache_from_state, cache_state
 
@@ -104,7 +105,7 @@ def test_a_stored_cache_goes_to_where_its_layers_are() -> None:
         found = []
         for at in range(run.prompt_length, run.read.shape[1]):
             token = place(run.read[:, at : at + 1], FIRST)
-            found.append(one.model(input_ids=token, past_key_values=cache).logits[:, -1])
+            found.append(one.model(input_ids=token, **{CACHE_NAME: cache}).logits[:, -1])
     assert torch.equal(torch.stack(found, dim=1), logits_of(run.output)[:, 1:])
 
 

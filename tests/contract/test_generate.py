@@ -30,6 +30,7 @@ from tests.tiny import VISION_END as END
 from tests.tiny import VISION_START as START
 from tests.tiny.base import OLD, merged, noise, pad_batch, patches, prompt
 from tokenprune import prune
+from tokenprune.cache import CACHE_NAME
 from tokenprune.errors import UnsupportedModelError
 
 # -- several images, clips and sounds in one prompt
@@ -223,7 +224,7 @@ def test_a_second_turn_may_be_read_in_chunks(name: str) -> None:
             if "mm_token_type_ids" in inputs:
                 kinds = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, grown))
                 turn["mm_token_type_ids"] = kinds
-            output = generate(one, turn, past_key_values=first.past_key_values, **settings)
+            output = generate(one, turn, **{CACHE_NAME: first.past_key_values}, **settings)
         found.append(logits_of(output))
     assert_close(found[1], found[0])
 
@@ -258,7 +259,7 @@ def test_a_compiled_decoder_gives_the_same_logits(name: str, backend: str) -> No
         for at in range(run.prompt_length, run.read.shape[1]):
             more = {} if position is None else {"position_ids": position[..., at : at + 1]}
             tokens = run.read[:, at : at + 1]
-            output = step(input_ids=tokens, past_key_values=cache, use_cache=True, **more)
+            output = step(input_ids=tokens, **{CACHE_NAME: cache}, use_cache=True, **more)
             found.append(output.logits[:, -1])
     torch._dynamo.reset()
     # Once for all steps. (Unpruned, too, dynamo has other backends make each graph twice.)
