@@ -227,7 +227,6 @@ class Script:
         """What of the text before and after the media the processor leaves as it is."""
         processor, loaded = self._loaded.processor, self._loaded
         kind = "video" if loaded.watches else "image"
-        mark = getattr(processor, f"{kind}_token")
         parts = 1 if loaded.watches else self._length
         content = [{"type": kind}] * parts + [{"type": "text", "text": _ANY_QUESTION}]
         text = processor.apply_chat_template(
@@ -238,6 +237,10 @@ class Script:
         tokenizer = processor.tokenizer
         opening = tokenizer(before)["input_ids"]
         ending = tokenizer(after, add_special_tokens=False)["input_ids"]
+        # Before transformers 5.11 Gemma 3 has another name for what stands for a picture in a chat.
+        names = (f"{kind}_token", "boi_token")
+        marks = [str(getattr(processor, name, None)) for name in names]
+        mark = next((one for one in marks if one in text), marks[0])
         start = _common(ids, opening)
         stop = _common(ids[:start:-1], ending[::-1])
         return ids[:start], ids[len(ids) - stop :]
