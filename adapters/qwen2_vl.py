@@ -23,8 +23,6 @@ class Qwen2VL(Adapter):
     model_types = ("qwen2_vl",)
     modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
     normalisation: ClassVar[Normalisation] = CLIP
-    seconds_name: ClassVar[str | None] = None
-    """The argument that tells the seconds between frames."""
 
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
         merge = self._merge()
@@ -40,6 +38,9 @@ class Qwen2VL(Adapter):
             )
             for (frames, rows, columns), step in zip(grids, steps, strict=True)
         ]
+
+    def frame_times(self, seconds: Tensor) -> Tensor:
+        return seconds[:: self._joined]
 
     def tower(self, modality: Modality) -> Tower | None:
         visual: Any = self.base_model.visual
@@ -64,6 +65,11 @@ class Qwen2VL(Adapter):
         return list(torch.split(encoded, views))
 
     # -- for this family and those built on it
+
+    @property
+    def _joined(self) -> int:
+        """Pictures of a clip that are one frame."""
+        return int(self.config.vision_config.temporal_patch_size)
 
     def _merge(self) -> int:
         """Patches along a side of a token."""

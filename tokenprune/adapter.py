@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tokenprune.errors import UnsupportedModelError
+from tokenprune.errors import MediaError, UnsupportedModelError
 from tokenprune.layout import MODALITIES, Modality, TokenLayout
 from tokenprune.stage import ModelShape
 from tokenprune.support import check_architecture
@@ -20,7 +21,7 @@ from tokenprune.support import check_architecture
 __all__ = ["Adapter", "Item", "MediaCall", "Tower", "adapter_for", "list_models"]
 
 
-@dataclass
+@dataclass(eq=False)
 class MediaCall:
     """One call of the model's encoder, as seen from outside.
 
@@ -126,6 +127,8 @@ class Adapter(ABC):
 
     sound_in_video: ClassVar[bool] = False
     """Whether a clip's sound track stands between its frames (`use_audio_in_video`)."""
+    seconds_name: ClassVar[str | None] = None
+    """The model's argument that tells the seconds between frames; None if there is none."""
 
     _registry: ClassVar[dict[str, type[Adapter]]] = {}
 
@@ -230,6 +233,17 @@ class Adapter(ABC):
             prompt: Keyword arguments of the base model's forward (`second_per_grid_ts` and such).
         """
 
+    def frame_times(self, seconds: Tensor) -> Tensor:
+        """When the frames of a layout are, by the times of the pictures they are made of.
+
+        Args:
+            seconds: `[F]` float64, those of the pictures that the processor was given.
+
+        Returns:
+            `[T]`; fewer than `F` where the model joins pictures to one frame.
+        """
+        return seconds
+
     def tower(self, modality: Modality) -> Tower | None:
         """The tower whose attention methods may read; None if there is none to read."""
         return None
@@ -270,7 +284,12 @@ class Adapter(ABC):
     # -- for the engine
 
     def layouts(
-        self, input_ids: Tensor, calls: list[MediaCall], prompt: dict[str, Any], offset: int = 0
+        self,
+        input_ids: Tensor,
+        calls: list[MediaCall],
+        prompt: dict[str, Any],
+        offset: int = 0,
+        frame_seconds: Sequence[Tensor] | None = None,
     ) -> list[tuple[TokenLayout, list[tuple[int, int]]]]:
         """Lay out the media tokens of every row of a batch.
 
@@ -281,6 +300,8 @@ class Adapter(ABC):
             calls: The encoder calls since the last prompt.
             prompt: As in `items`.
             offset: Index of the first token of `input_ids` in the logical sequence.
+            frame_seconds: For each clip `[F]` float64, when its pictures are shown; for each image
+                in a family that knows no video. They count where the model is not told.
 
         Returns:
             For each row its layout, on the CPU, and its items as (call, item of the call) pairs:
@@ -288,11 +309,15 @@ class Adapter(ABC):
 
         Raises:
             UnsupportedModelError: Placeholders and encoded items do not fit together.
+            MediaError: `frame_seconds` does not fit the clips.
         """
         ids = input_ids.cpu()
         queues: dict[Modality, list[_Queued]] = {name: [] for name in self.modalities}
-        for number, call in enumerate(calls):
+        for call in calls:
             call.items = self.items(call, prompt)
+        if frame_seconds is not None:
+            self._date(calls, frame_seconds)
+        for number, call in enumerate(calls):
             for place, item in enumerate(call.items):
                 queues[call.modality].append(_Queued(call.modality, number, place, item))
         rows: list[list[_Placed]] = [[] for _ in ids]
@@ -306,6 +331,32 @@ class Adapter(ABC):
                     taken = self._take(row.nonzero()[:, 0], queues[modality])
                 rows[b] += taken
         return [self._layout(placed, offset) for placed in rows]
+
+    def _date(self, calls: list[MediaCall], clips: Sequence[Tensor]) -> None:
+        """Give items the times of their frames where the model is not told."""
+        kind = "video" if "video" in self.modalities else "image"
+        shown = [call for call in calls if call.modality == kind]
+        count = sum(len(call.items) for call in shown)
+        if count not in (0, len(clips)):
+            raise MediaError(
+                f"frame_seconds has the times of {len(clips)} {kind}s, but the prompt has {count}; "
+                f"give one list for each {kind}, in the order of the prompt"
+            )
+        given = iter(clips)
+        for call in shown:
+            call.items = [
+                self._dated(item, seconds) for item, seconds in zip(call.items, given, strict=False)
+            ]
+
+    def _dated(self, item: Item, seconds: Tensor) -> Item:
+        times, frame = self.frame_times(seconds), item.frame.clamp_min(0)
+        if len(times) != int(frame.max()) + 1:
+            raise MediaError(
+                f"frame_seconds has {len(seconds)} times for a clip that the model sees as "
+                f"{int(frame.max()) + 1} frames; give one time for each picture that the processor "
+                "was given"
+            )
+        return replace(item, seconds=torch.where(item.seconds.isnan(), times[frame], item.seconds))
 
     def _repeats(self, held: Tensor, modality: Modality, queue: list[_Queued]) -> int:
         """How many adjacent rows share one sample.

@@ -154,7 +154,8 @@ def answer(
     inputs = loaded.encode(media, question)
     processed = time.perf_counter()
     length = inputs["input_ids"].shape[1]
-    with torch.inference_mode(), prune(loaded.model, recipe) as report:
+    seen = loaded.frame_seconds(media.video)
+    with torch.inference_mode(), prune(loaded.model, recipe, frame_seconds=seen) as report:
         output = loaded.model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
         )

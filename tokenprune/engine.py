@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import reprlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -34,18 +35,18 @@ from tokenprune.attention import (
     mask_for_kernel,
 )
 from tokenprune.cache import (
-    Clock,
     CACHE_NAME,
     CACHE_NAMES,
+    Clock,
     adopt,
-    cache_bytes,
     cache_among,
+    cache_bytes,
     check_cache,
     full_cache_bytes,
     new_cache,
 )
 from tokenprune.encoder import AttentionTap, StreamedView, split_views
-from tokenprune.errors import RecipeError, UnsupportedModelError
+from tokenprune.errors import MediaError, RecipeError, UnsupportedModelError
 from tokenprune.indices import take
 from tokenprune.layout import Modality
 from tokenprune.prefill import Flight, Prefill, Sample
@@ -66,6 +67,7 @@ def prune(
     model: PreTrainedModel,
     *methods: Method | Recipe | str,
     positions: Literal["original", "compact"] = "original",
+    frame_seconds: Sequence[Sequence[float] | Tensor] | None = None,
 ) -> Iterator[Report]:
     """Make `model` follow a recipe inside the `with` block; afterwards it is as before.
 
@@ -80,6 +82,12 @@ def prune(
         methods: Methods, recipes, or recipes as text, applied in this order.
         positions: "original" leaves every token its position in the unpruned sequence. "compact"
             numbers what is left of the input anew, for models with one-dimensional positions.
+        frame_seconds: When the frames of the prompt's clips are shown: for each clip (for each
+            image, if the model takes frames as images) the times of the pictures that its
+            processor was given. Layouts have them where the model is told no times as numbers,
+            as with Qwen3-VL, GLM-4V and VideoLLaMA 3, to which they are words of the prompt;
+            without them the seconds of such tokens are nan. They are those of every prompt with
+            clips inside the block.
 
     Yields:
         The report, which fills as the model runs.
@@ -87,14 +95,22 @@ def prune(
     Raises:
         UnsupportedModelError: The model, or its cache, cannot be pruned.
         RecipeError: The recipe does not fit the model.
+        MediaError: `frame_seconds` holds no times, or does not fit the prompt.
     """
     patch = Patch(model, Recipe(*methods), positions)
+    patch.frame_seconds = None if frame_seconds is None else _times(frame_seconds)
     with patch:
         yield patch.report
 
 
 class Patch:
-    """The hooks of one `prune` and what they share."""
+    """The hooks of one `prune` and what they share.
+
+    Attributes:
+        frame_seconds: For each clip `[F]` float64, as `prune` takes them; None if not known.
+    """
+
+    frame_seconds: list[Tensor] | None = None
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe, positions: str) -> None:
         if positions not in ("original", "compact"):
@@ -110,6 +126,7 @@ class Patch:
         self._signature = inspect.signature(self._lm.forward)
         self._by_site = _Sites(self.stages)
         self._media: list[MediaCall] = []
+        self._lost: list[MediaCall] = []
         self._used: set[Modality] = set()
         self._encoding: MediaCall | None = None
         self._pixels: tuple[MediaCall, list[Tensor]] | None = None
@@ -161,6 +178,7 @@ class Patch:
         self._stack.close()
         self._reset()
         self._media.clear()
+        self._lost.clear()
 
     def _install(self, stack: ExitStack) -> None:
         config: Any = self._lm.config
@@ -327,6 +345,9 @@ class Patch:
     def _on_prompt(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         self._prompt = {**kwargs, "input_ids": ids}
+        # What was encoded ahead counts if the model is given it: older releases of transformers lose
+        # it where `generate` prefills in chunks.
+        self._lost = [] if kwargs.get("mm_encoder_outputs") else list(self._media)
 
     def _before_lm(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         # (Binding is not for compilers.)
@@ -370,15 +391,17 @@ class Patch:
         real = _padding(kwargs.get("attention_mask"))
         if real is not None:
             real = real[:, flight.past : self._clock.end]
-        self._used = {call.modality for call in self._media}
+        media = [call for call in self._media if call not in self._lost]
+        self._used = {call.modality for call in media}
         self._prefill = Prefill(
             self.adapter,
             self.shape,
             self._prompt["input_ids"].to(hidden.device),
-            self._media,
+            media,
             self._prompt,
             real,
             flight.past,
+            self.frame_seconds,
         )
         self._prefill.call.length = self._clock.end
         before = [sample.alive for sample in self._prefill.samples]
@@ -661,6 +684,19 @@ class _Sites:
             if isinstance(stage.site, Cache)
             and (stage.site.layers is None or layer in stage.site.layers)
         ]
+
+
+def _times(clips: Sequence[Sequence[float] | Tensor]) -> list[Tensor]:
+    try:
+        found = [torch.as_tensor(one, dtype=torch.float64).cpu() for one in clips]
+    except (TypeError, ValueError, RuntimeError):
+        found = [torch.zeros(0)]
+    if any(one.ndim != 1 or not len(one) or not bool(one.isfinite().all()) for one in found):
+        raise MediaError(
+            "frame_seconds must hold a list of seconds for each clip, such as [[0.0, 0.5, 1.0]], "
+            f"got {reprlib.repr(clips)}"
+        )
+    return found
 
 
 def _absorb_(features: Tensor, source: Tensor, target: Tensor, weight: Tensor) -> None:

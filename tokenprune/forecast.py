@@ -45,14 +45,18 @@ class Prompt:
         adapter: Of the model, whose parameters need no data.
         inputs: What the processor made; `input_ids` `[1, S]` on the CPU.
         calls: The encoder calls that the model will make.
+        frame_seconds: When frames are shown, as `Adapter.layouts` takes it.
     """
 
     adapter: Adapter
     inputs: dict[str, Any]
     calls: list[MediaCall]
+    frame_seconds: list[Tensor] | None = None
 
     @classmethod
-    def of(cls, adapter: Adapter, inputs: dict[str, Any]) -> Prompt:
+    def of(
+        cls, adapter: Adapter, inputs: dict[str, Any], frame_seconds: list[Tensor] | None = None
+    ) -> Prompt:
         """A prompt with these inputs; a model gives them to its encoders by their names."""
         encoders = adapter.encoders()
         # A method may serve a kind of media that has none of its own.
@@ -68,7 +72,7 @@ class Prompt:
                 if any(_is_content(value) for value in arguments.values()):
                     what = adapter.modality(modality, arguments, inputs)
                     calls.append(MediaCall(what, arguments))
-        return cls(adapter, inputs, calls)
+        return cls(adapter, inputs, calls, frame_seconds)
 
 
 def _given(name: str, inputs: dict[str, Any], kind: str) -> Any:
@@ -116,7 +120,8 @@ def forecast(prompt: Prompt, stages: Sequence[Stage]) -> Forecast:
     clock = adopt(stored, shape.layers)
     flight = Flight(1, 0, length, ids.device)
     clock.end, clock.rows = length, flight.rows
-    prefill = Prefill(adapter, shape, ids, prompt.calls, prompt.inputs, None, 0)
+    times = prompt.frame_seconds
+    prefill = Prefill(adapter, shape, ids, prompt.calls, prompt.inputs, None, 0, times)
     hidden = torch.zeros(1, length, 0)
     for stage in blind:
         if isinstance(stage.site, Input):

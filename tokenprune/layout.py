@@ -34,8 +34,9 @@ class TokenLayout:
         frame: `[N]` int64, temporal index within the item; -1 for images.
         row: `[N]` int64, row on the canvas; -1 for audio.
         column: `[N]` int64, column on the canvas; for audio the index of the token in its sound.
-        seconds: `[N]` float64, time at which the token's picture or sound begins; nan if the
-            model is not told.
+        seconds: `[N]` float64, when the token's picture is shown or its sound begins. It is what
+            the model is told as numbers; else what was handed in (see `prune`), since times that
+            stand in the prompt as text are not read; else nan.
     """
 
     position: Tensor

@@ -168,6 +168,13 @@ class LoadedModel:
         both = media.video is not None and media.audio is not None
         return both and self.watches and self.adapter.sound_in_video
 
+    def frame_seconds(self, video: Video | None) -> list[Tensor] | None:
+        """When the frames of a video are shown, as `prune` takes it; None without a video."""
+        if video is None:
+            return None
+        seconds = video.pts_seconds
+        return [seconds] if "video" in self.adapter.modalities else list(torch.split(seconds, 1))
+
     @property
     def watches(self) -> bool:
         """Whether a video is one to the processor, not several images."""

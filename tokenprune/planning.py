@@ -145,7 +145,7 @@ def plan(
     stages = Patch(loaded.model, chosen, "original").stages
     acting = [stage for stage in stages if not isinstance(stage, EncoderStage)]
     inputs, by_content = _process(loaded, media, question)
-    prompt = Prompt.of(loaded.adapter, inputs)
+    prompt = Prompt.of(loaded.adapter, inputs, loaded.frame_seconds(media.video))
     steps = [forecast(prompt, acting[:count]) for count in range(len(acting) + 1)]
     first, last = steps[0], steps[-1]
     uncertain = [stage.name for stage, sure in zip(acting, last.exact, strict=True) if not sure]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -114,10 +114,11 @@ class Prefill:
         prompt: dict[str, Any],
         real: Tensor | None,
         past: int,
+        frame_seconds: Sequence[Tensor] | None = None,
     ) -> None:
         self._shape = shape
         self._past = past
-        laid_out = adapter.layouts(input_ids, media, prompt, past)
+        laid_out = adapter.layouts(input_ids, media, prompt, past, frame_seconds)
         self.call = Call(layouts=[layout for layout, _ in laid_out], length=0)
         maps = _Maps(adapter, media)
         device, length = input_ids.device, input_ids.shape[1]

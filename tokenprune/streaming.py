@@ -60,9 +60,14 @@ class Group(Video):
 
     @classmethod
     def of(
-        cls, frames: Tensor, indices: Tensor, pace: Pace, timings: Timings | None = None
+        cls,
+        frames: Tensor,
+        indices: Tensor,
+        pace: Pace,
+        timings: Timings | None = None,
+        seconds: Tensor | None = None,
     ) -> Group:
-        """Frames with their indices `[F]` in the source."""
+        """Frames with their indices `[F]` in the source; without `seconds` they lie by its rate."""
         height, width = frames.shape[-2:]
         count = int(indices[-1]) + 1
         info = VideoInfo(
@@ -80,7 +85,7 @@ class Group(Video):
         )
         return cls(
             frames=frames,
-            pts_seconds=indices.double() / pace.source_fps,
+            pts_seconds=indices.double() / pace.source_fps if seconds is None else seconds,
             indices=indices,
             info=info,
             substituted=torch.zeros(len(frames), dtype=torch.bool),
@@ -232,15 +237,15 @@ class Script:
         text = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
+        # Before transformers 5.11 Gemma 3 has another name for what stands for a picture in a chat.
+        names = (f"{kind}_token", "boi_token")
+        marks = [str(getattr(processor, name, None)) for name in names]
+        mark = next((one for one in marks if one in text), marks[0])
         before, _, rest = text.partition(mark)
         after = rest.rpartition(mark)[2]
         tokenizer = processor.tokenizer
         opening = tokenizer(before)["input_ids"]
         ending = tokenizer(after, add_special_tokens=False)["input_ids"]
-        # Before transformers 5.11 Gemma 3 has another name for what stands for a picture in a chat.
-        names = (f"{kind}_token", "boi_token")
-        marks = [str(getattr(processor, name, None)) for name in names]
-        mark = next((one for one in marks if one in text), marks[0])
         start = _common(ids, opening)
         stop = _common(ids[:start:-1], ending[::-1])
         return ids[:start], ids[len(ids) - stop :]

@@ -151,7 +151,8 @@ class Watcher:
                 self.source_frames = offset + round(info.frame_count * scale)
                 self.pictures_decoded = pictures + video.pictures_decoded
                 self.bytes_read = size_bytes + video.bytes_read
-                self._prefill(Group.of(video.frames, indices, self.pace, video.timings))
+                seconds = offset / self.pace.source_fps + video.pts_seconds
+                self._prefill(Group.of(video.frames, indices, self.pace, video.timings, seconds))
 
     def watch_frames(self, frames: Tensor, fps: float | None) -> None:
         """Prefill full groups of frames; what is left of them waits for more."""
@@ -242,6 +243,7 @@ class Watcher:
         cache = new_cache(language_model.config) if self.cache is None else self.cache
         mark = None if self.cache is None else Bookmark(cache, margin=closing)
         calls = len(self._patch.report.calls)
+        self._patch.frame_seconds = self._loaded.frame_seconds(group)
         try:
             if mark is not None and closing:
                 cache.crop(-closing)
@@ -296,9 +298,9 @@ class Watcher:
                 input_ids=new.ids,
                 position_ids=positions[..., len(told) - len(new) : len(told)],
                 use_cache=True,
+                **{CACHE_NAME: cache},
                 **types,
                 **new.media,
-                **{CACHE_NAME: cache},
                 **least,
             )
 
@@ -325,7 +327,10 @@ class Watcher:
     def _locate(self) -> None:
         """Let the newest layout tell items, canvases, frames and seconds of the whole session."""
         assert self.pace is not None
-        seconds = sum(one.frames for one in self.groups) / self.pace.sampled_fps
+        assert self.told is not None
+        seconds = 0.0
+        if self._patch.adapter.seconds_name in self.told.media:  # counted from the group's start
+            seconds = sum(one.frames for one in self.groups) / self.pace.sampled_fps
         call = self._patch.report.last
         (layout,) = call.layouts
         items, canvases, frames = self.counted
