@@ -26,6 +26,7 @@ from tokenprune.storage import check_identity, check_path, identity, read, write
 from tokenprune.streaming import Pace, Script, Tokens
 from tokenprune.timeline import Timeline
 from tokenprune.timing import Clock
+from tokenprune.turns import Turn, takes_a_turn
 from tokenprune.watching import WatchedGroup, Watcher
 
 __all__ = ["Session", "check_session", "watch_and_ask"]
@@ -47,7 +48,9 @@ class Session:
     stays, so memory is bounded by a group and by what is kept. With an empty recipe an answer is
     that of one `generate` over the whole video. Each question starts from the watched video alone:
     questions know nothing of each other. Between calls the model carries no hooks, and several
-    sessions may share it, one call at a time.
+    sessions may share it, one call at a time. A session may be used from several threads: a call
+    waits until the one before it has returned. While a session is at work, what would use the model
+    otherwise, another session or `prune`, is refused.
 
     A session watches: the sound track of a video is left out. Budgets are of each group: a share
     is the same as over the video, a count is per group. Stages that depend on the question are
@@ -82,15 +85,17 @@ class Session:
         check_session(self.recipe)
         _check_watches(self._loaded)
         self._patch = Patch(model, self.recipe, "original")
+        self._report = self._patch.report  # during a question the patch fills another
         self._watcher = Watcher(self._loaded, self._patch, group)
         self._closed = False
+        self._turn = Turn()
 
     # -- what can be asked of it at any time
 
     @property
     def report(self) -> Report:
         """Layouts and decisions of each group, as `prune` reports them; empty after `load`."""
-        return self._patch.report
+        return self._report
 
     @property
     def groups(self) -> list[WatchedGroup]:
@@ -174,6 +179,7 @@ class Session:
 
     # -- watching
 
+    @takes_a_turn
     def watch(
         self,
         source: str | os.PathLike[str] | Tensor,
@@ -217,6 +223,7 @@ class Session:
 
     # -- asking
 
+    @takes_a_turn
     def ask(
         self, question: str, *, max_new_tokens: int = 64, streamer: Any = None, **settings: Any
     ) -> Answer:
@@ -237,15 +244,14 @@ class Session:
         if max_new_tokens < 1:
             raise TokenPruneError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         prompt = self._prompt(question)
-        watching = self._patch.report
         report = self._patch.report = Report(str(self.recipe))
-        report.calls.extend(watching.calls)
+        report.calls.extend(self._report.calls)
         settings = {"do_sample": False, **settings}
         settings |= {"max_new_tokens": max_new_tokens, "streamer": streamer}
         try:
             output = self._generate(prompt, settings)
         finally:
-            self._patch.report = watching
+            self._patch.report = self._report
         sequences = output if isinstance(output, Tensor) else output.sequences
         # Of several answers the first one is the best.
         words = self._loaded.processor.batch_decode(
@@ -267,6 +273,7 @@ class Session:
             bytes_read=self.bytes_read,
         )
 
+    @takes_a_turn
     def generate(self, question: str, **settings: Any) -> Any:
         """What the model's own `generate` returns for a question; the session stays as it is.
 
@@ -325,6 +332,7 @@ class Session:
 
     # -- files
 
+    @takes_a_turn
     def save(self, path: str | Path) -> Path:
         """Save what was watched, to answer questions about it later or elsewhere.
 
@@ -422,6 +430,7 @@ class Session:
 
     # -- the end
 
+    @takes_a_turn
     def close(self) -> None:
         """Free the cache. The model is as it was before the session, as between all calls."""
         self._closed = True
