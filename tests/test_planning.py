@@ -13,12 +13,14 @@ from transformers import PreTrainedModel
 from tests.checkpoints import CHECKPOINTS, HEARING, SEEING
 from tests.contract.cases import drawn, refusal
 from tests.contract.harness import model_of
+from tests.contract.test_sessions import NO_CHAT, REFUSED
 from tests.tiny import NAMES, build
 from tokenprune import Recipe, prune
 from tokenprune.adapter import adapter_for
 from tokenprune.errors import MediaError, RecipeError, TokenPruneError, UnsupportedModelError
 from tokenprune.flops import _pairs, prefill_flops
 from tokenprune.forecast import Prompt, forecast
+from tokenprune.loading import load_outline
 from tokenprune.media.decode import FrameDecoder
 from tokenprune.planning import plan
 from tokenprune.stage import EncoderStage
@@ -61,6 +63,100 @@ def test_ask_reports_what_was_planned(name, kind, checkpoint, command, files):
             assert planned[what] == found[what], what
         sites = [one["media_tokens"] for one in planned["stages"]]
         assert sites == list(planned["media_tokens"]["per_site"].values())
+
+
+GROUPED = [
+    # Budgets are of each group: with 7 frames in groups of 4 the last one is short.
+    "vflowopt(keep=0.4) + uniform(keep=0.5 at=cache per=item)",
+    "random(keep=0.6 per=frame) + uniform(keep=5 at=2) + random(keep=0.3 at=cache)",
+    "uniform(keep=1 per=second)",
+    "none",
+]
+
+
+@pytest.mark.parametrize("name", [n for n in SEEING if n not in (*REFUSED, *NO_CHAT)])
+@pytest.mark.parametrize("group", [4, 6])
+def test_ask_in_groups_reports_what_was_planned(name, group, checkpoint, command, files):
+    options = ["--model", checkpoint(name), "--json", "--frames", 7, "--group", group]
+    options += ["--no-sound"] if name in HEARING else []
+    for recipe in GROUPED:
+        arguments = files.video, *options, "--recipe", recipe
+        planned = json.loads(command("plan", *arguments, "--question", "what is it?").out)
+        asked = command("ask", arguments[0], "what is it?", *arguments[1:], "--max-new-tokens", 1)
+        found = json.loads(asked.out)
+
+        assert planned["exact"] and not planned["adaptive"]
+        for what in ("media_tokens", "kv_bytes", "frames", "recipe", "model"):
+            assert planned[what] == found[what], what
+        sites = [one["media_tokens"] for one in planned["stages"]]
+        assert sites == list(planned["media_tokens"]["per_site"].values())
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl", "qwen3_vl"])
+def test_watch_reports_what_was_planned(name, checkpoint, command, files, tmp_path):
+    options = ["--model", checkpoint(name), "--json", "--fps", 8, "--group", 2, "--recipe"]
+    for recipe in GROUPED:
+        planned = json.loads(command("plan", files.video, *options, recipe).out)
+        saved = tmp_path / "kept.safetensors"
+        found = json.loads(command("watch", files.video, *options, recipe, "--save", saved).out)
+
+        assert planned["exact"] and planned["frames"] == found["frames"] == 8
+        assert planned["media_tokens"] == found["media_tokens"]
+
+
+def test_groups_change_what_is_kept(checkpoint, files):
+    """Or the tests above would say little."""
+    model, recipe = str(checkpoint("qwen2_5_vl")), "uniform(keep=5)"
+    whole = plan(files.video, model, recipe=recipe, frames=8)
+    groups = plan(files.video, model, recipe=recipe, frames=8, group=2)
+
+    assert (whole.media_tokens["after"], groups.media_tokens["after"]) == (5, 4 * 5)
+    assert whole.media_tokens["before"] == groups.media_tokens["before"]
+
+
+def test_groups_make_the_same_operations_in_parts(checkpoint, files):
+    """But for the output head, which runs once more for each group."""
+    for name in ("qwen2_5_vl", "gemma3"):  # the latter with sliding windows
+        model = str(checkpoint(name))
+        whole = plan(files.video, model, recipe="none", frames=8).prefill_flops["before"]
+        parts = plan(files.video, model, recipe="none", frames=8, group=2).prefill_flops["before"]
+        head = load_outline(model).model.get_output_embeddings().weight.numel()
+        assert parts == pytest.approx(whole + 4 * 2 * head, rel=1e-12)
+
+
+def test_queries_of_a_later_group_see_fewer_keys(checkpoint, files):
+    model = str(checkpoint("qwen2_5_vl"))
+    kept, pruned = (
+        plan(files.video, model, recipe=recipe, frames=8, group=4)
+        for recipe in ("none", "random(keep=0.5 at=cache)")
+    )
+    assert pruned.prefill_flops["after"] < kept.prefill_flops["after"]
+    once = plan(files.video, model, recipe="random(keep=0.5 at=cache)", frames=8)
+    assert once.prefill_flops["after"] == once.prefill_flops["before"]
+
+
+def test_plans_in_groups_refuse_what_sessions_do(checkpoint, files, command):
+    model = str(checkpoint("qwen2_5_vl"))
+    refused = [
+        ({"recipe": "plphp"}, RecipeError, "plphp decides by the question"),
+        ({"group": 3}, TokenPruneError, "a multiple of 2, .* got 3"),
+        ({"group": 0}, TokenPruneError, "a multiple of 2, .* got 0"),
+        ({"recipe": "random(at=40)"}, RecipeError, "layers 0 to 4"),
+    ]
+    for settings, kind, error in refused:
+        with pytest.raises(kind, match=error):
+            plan(files.video, model, **{"group": 4, "frames": 4, **settings})
+    with pytest.raises(MediaError, match="is an image: it has no groups of frames"):
+        plan(files.image, model, group=4)
+    for name in REFUSED:
+        with pytest.raises(UnsupportedModelError, match="writes groups of frames otherwise"):
+            plan(files.silent, str(checkpoint(name)), frames=4, group=4)
+    with pytest.raises(MediaError, match="would hear the sound track"):
+        plan(files.video, str(checkpoint("qwen2_5_omni")), frames=4, group=4)
+    with pytest.raises(UnsupportedModelError, match="understands sound only"):
+        plan(files.sound, str(checkpoint("qwen2_audio")), group=4, recipe="none")
+    ran = command("plan", files.video, "--model", model, "--group", 0)
+    assert ran.code == 2 and "--group must be at least 1, got 0" in ran.error
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_omni_moe"])
@@ -249,7 +345,14 @@ def test_pairs_are_those_of_the_mask(window: int | None) -> None:
     if window is not None:
         visible &= rows[:, None] - rows < window
 
-    assert _pairs(rows, window) == int(visible.sum())
+    assert _pairs(rows, window, rows[:0]) == int(visible.sum())
+    # In two parts, of which the second looks back at what is left of the first.
+    left = rows[[0, 2, 3]]
+    seen = torch.cat([left, rows[5:]])
+    visible = rows[5:, None] >= seen
+    if window is not None:
+        visible &= rows[5:, None] - seen < window
+    assert _pairs(rows[5:], window, left) == int(visible.sum())
 
 
 # -- bad input

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
@@ -153,6 +153,9 @@ def plan_file(
     recipe: Annotated[str | None, typer.Option(help=RECIPE_HELP)] = None,
     frames: Frames = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second, instead.")] = None,
+    group: Annotated[
+        int | None, typer.Option(help="Frames to prefill at once, as `ask` and `watch` do.")
+    ] = None,
     sound: Annotated[bool, typer.Option(help="Hear a video's sound track, as `ask` does.")] = True,
     question: Annotated[str, typer.Option(help="What will be asked.")] = "What happens?",
     as_json: Json = False,
@@ -162,9 +165,10 @@ def plan_file(
 
     if frames is not None and fps is not None:
         raise MediaError(f"give --frames or --fps, got both ({frames} and {fps})")
-    planned = plan(
-        file, model, recipe=recipe, frames=frames, fps=fps, sound=sound, question=question
-    )
+    if group is not None:
+        _check_group(group, None)
+    settled: dict[str, Any] = {"frames": frames, "fps": fps, "group": group, "sound": sound}
+    planned = plan(file, model, recipe=recipe, question=question, **settled)
     typer.echo(json.dumps(planned.as_dict()) if as_json else str(planned))
 
 

@@ -15,7 +15,9 @@ from tokenprune.cache import adopt, new_cache
 __all__ = ["prefill_flops"]
 
 
-def prefill_flops(model: PreTrainedModel, rows: Sequence[Tensor]) -> float:
+def prefill_flops(
+    model: PreTrainedModel, rows: Sequence[Tensor], earlier: Sequence[Tensor] | None = None
+) -> float:
     """Floating point operations of a prefill in the language model, encoders left out.
 
     A linear map takes two operations a weight and token, of experts those that a token is sent to.
@@ -26,6 +28,7 @@ def prefill_flops(model: PreTrainedModel, rows: Sequence[Tensor]) -> float:
     Args:
         model: Its parameters may lie on the meta device.
         rows: For each decoder layer `[S]`, the logical indices of the tokens in it, increasing.
+        earlier: For each decoder layer `[E]` those of the keys in its cache before; None if empty.
     """
     adapter = adapter_for(model)
     shape, language_model = adapter.shape, adapter.language_model
@@ -34,9 +37,10 @@ def prefill_flops(model: PreTrainedModel, rows: Sequence[Tensor]) -> float:
     adopt(cache, shape.layers)
     layers: Any = language_model.layers
     total = 0.0
-    for layer, stored, tokens in zip(layers, cache.layers, rows, strict=True):
+    keys = earlier or [one[:0] for one in rows]
+    for layer, stored, tokens, before in zip(layers, cache.layers, rows, keys, strict=True):
         total += 2.0 * _active_weights(layer, config) * len(tokens)
-        total += 4.0 * _pairs(tokens, stored.window) * shape.heads * shape.head_width
+        total += 4.0 * _pairs(tokens, stored.window, before) * shape.heads * shape.head_width
     head = model.get_output_embeddings()
     return float(total + 2.0 * head.weight.numel())
 
@@ -52,10 +56,11 @@ def _active_weights(layer: nn.Module, config: Any) -> float:
     )
 
 
-def _pairs(rows: Tensor, window: int | None) -> int:
-    """Pairs of query and key that a causal mask leaves."""
+def _pairs(rows: Tensor, window: int | None, earlier: Tensor) -> int:
+    """Pairs of query and key that a causal mask leaves; keys are of `earlier` and of `rows`."""
     number = len(rows)
     if window is None:
-        return number * (number + 1) // 2
-    first = torch.searchsorted(rows, rows - window, right=True)
-    return int((torch.arange(1, number + 1) - first).sum())
+        return number * (number + 1) // 2 + number * len(earlier)
+    keys = torch.cat([earlier, rows])
+    first = torch.searchsorted(keys, rows - window, right=True)
+    return int((torch.arange(1, number + 1) + len(earlier) - first).sum())

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from tokenprune.adapter import Adapter, MediaCall
 from tokenprune.cache import adopt, cache_bytes, full_cache_bytes, new_cache
@@ -21,10 +22,11 @@ from tokenprune.layout import TokenLayout
 from tokenprune.prefill import Flight, Prefill
 from tokenprune.report import Call
 from tokenprune.selection import Selection
-from tokenprune.stage import Cache, CacheContext, Context, Input, Layer, Stage
+from tokenprune.stage import Cache as CacheSite
+from tokenprune.stage import CacheContext, Context, Input, Layer, Stage
 from tokenprune.stages.selectors import allocate, uniform_per_group
 
-__all__ = ["Forecast", "Prompt", "forecast"]
+__all__ = ["Forecast", "Prompt", "forecast", "forecast_all"]
 
 _COARSER: dict[str, frozenset[str]] = {
     "token": frozenset({"token", "frame", "second", "item", "prompt"}),
@@ -46,12 +48,14 @@ class Prompt:
         inputs: What the processor made; `input_ids` `[1, S]` on the CPU.
         calls: The encoder calls that the model will make.
         frame_seconds: When frames are shown, as `Adapter.layouts` takes it.
+        takes_back: Tokens at the end of the prompt before it that are forgotten for this one.
     """
 
     adapter: Adapter
     inputs: dict[str, Any]
     calls: list[MediaCall]
     frame_seconds: list[Tensor] | None = None
+    takes_back: int = 0
 
     @classmethod
     def of(
@@ -95,12 +99,14 @@ class Forecast:
     Attributes:
         call: The record that a report will hold, with stand-ins for what is not known before.
         rows: For each decoder layer `[S]`, logical indices of the tokens in it.
+        earlier: For each decoder layer `[E]`, those of the keys that it held before.
         left: For each stage the tokens it keeps: at a cache the mean over layers.
         exact: For each stage whether that number is certain.
     """
 
     call: Call
     rows: list[Tensor]
+    earlier: list[Tensor]
     left: list[float]
     exact: list[bool]
 
@@ -111,17 +117,34 @@ def forecast(prompt: Prompt, stages: Sequence[Stage]) -> Forecast:
     Raises:
         TokenPruneError: As the prefill would.
     """
+    return forecast_all([prompt], stages)[0]
+
+
+def forecast_all(prompts: Sequence[Prompt], stages: Sequence[Stage]) -> list[Forecast]:
+    """Run the stages of a recipe on prompts that follow each other in one cache.
+
+    Raises:
+        TokenPruneError: As the prefill would.
+    """
+    config: Any = prompts[0].adapter.language_model.config
+    stored = new_cache(config)
+    adopt(stored, prompts[0].adapter.shape.layers)
+    return [_forecast(prompt, stages, stored) for prompt in prompts]
+
+
+def _forecast(prompt: Prompt, stages: Sequence[Stage], stored: Cache) -> Forecast:
     adapter, ids = prompt.adapter, prompt.inputs["input_ids"]
     shape, length = adapter.shape, ids.shape[1]
     known = _Known()
     blind: list[Any] = [_BlindStage(stage, known) for stage in stages]
-    config: Any = adapter.language_model.config
-    stored = new_cache(config)
+    if prompt.takes_back:
+        stored.crop(-prompt.takes_back)
     clock = adopt(stored, shape.layers)
-    flight = Flight(1, 0, length, ids.device)
-    clock.end, clock.rows = length, flight.rows
-    times = prompt.frame_seconds
-    prefill = Prefill(adapter, shape, ids, prompt.calls, prompt.inputs, None, 0, times)
+    flight = Flight(1, clock.end, length, ids.device)
+    earlier = [_indices(layer) for layer in stored.layers]
+    clock.end += length
+    clock.rows, times = flight.rows, prompt.frame_seconds
+    prefill = Prefill(adapter, shape, ids, prompt.calls, prompt.inputs, None, flight.past, times)
     hidden = torch.zeros(1, length, 0)
     for stage in blind:
         if isinstance(stage.site, Input):
@@ -150,14 +173,21 @@ def forecast(prompt: Prompt, stages: Sequence[Stage]) -> Forecast:
             prefill.leave_window(number, layer)
     call = prefill.call
     width = shape.head_width * adapter.model.dtype.itemsize
-    call.length, call.media_entries = length, prefill.entries
+    call.length, call.media_entries = clock.end, prefill.entries
     call.kv_bytes_before = full_cache_bytes(stored) * width
     call.kv_bytes_after = cache_bytes(stored) * width
-    return Forecast(call, rows, [one.mean for one in blind], [one.exact for one in blind])
+    clock.stop()
+    means, exact = [one.mean for one in blind], [one.exact for one in blind]
+    return Forecast(call, rows, earlier, means, exact)
+
+
+def _indices(layer: Any) -> Tensor:
+    """Logical indices `[E]` of the keys of a layer; heads hold equally many."""
+    return torch.zeros(0, dtype=torch.int64) if layer.index is None else layer.index[0, 0]
 
 
 def _acts_at_cache(site: object, layer: int) -> bool:
-    return isinstance(site, Cache) and (site.layers is None or layer in site.layers)
+    return isinstance(site, CacheSite) and (site.layers is None or layer in site.layers)
 
 
 @dataclass

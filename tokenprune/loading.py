@@ -97,6 +97,8 @@ class LoadedModel:
     def _place(self, value: Tensor) -> Tensor:
         """Copy to the model's device; the host does not wait for an accelerator's copy."""
         device = self.model.device
+        if device.type == "meta":  # the outline of a model: what it is given is looked at only
+            return value
         if device.type == "cuda" and value.device.type == "cpu":
             # The allocator keeps pinned memory until the copy is done.
             value = value.pin_memory().to(device, non_blocking=True)

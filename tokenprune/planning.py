@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict
-
-import torch
 
 from tokenprune.answering import default_recipe
 from tokenprune.engine import Patch
 from tokenprune.flops import prefill_flops
-from tokenprune.forecast import Forecast, Prompt, forecast
-from tokenprune.loading import LoadedModel, Media, check_question, load_outline, read_media
-from tokenprune.media import SizeRule, Timings, Video, index_video
+from tokenprune.forecast import Forecast, Prompt, forecast_all
+from tokenprune.loading import LoadedModel, check_question, check_watchable, load_outline
 from tokenprune.media.files import check_file
-from tokenprune.media.sample import check_amount, choose_ranks, resolve_size
+from tokenprune.media.sample import check_amount
+from tokenprune.outline import outline_media, prompt_of, prompts_in_groups
 from tokenprune.recipe import Recipe
-from tokenprune.report import KVBytes, MediaTokens
-from tokenprune.stage import EncoderStage
+from tokenprune.report import KVBytes, MediaTokens, total
+from tokenprune.session import Session, check_session
+from tokenprune.stage import EncoderStage, Stage
 
 __all__ = ["Plan", "PlannedStage", "PrefillFlops", "plan"]
 
@@ -40,7 +39,8 @@ class PlannedStage:
     Attributes:
         method: Its name.
         site: Where it acts.
-        media_tokens: Tokens that it lets through, at caches the mean over layers.
+        media_tokens: Tokens that it lets through, at caches the mean over layers; those of all
+            groups together.
         prefill_flops: Operations of the prefill.
         kv_bytes: Bytes of the cache at the end of prefill.
         exact: Whether `media_tokens` is certain. If not, it is what the stage aims at, and what
@@ -110,13 +110,14 @@ def plan(
     recipe: Recipe | str | None = None,
     frames: int | None = None,
     fps: float | None = None,
+    group: int | None = None,
     sound: bool = True,
     question: str = QUESTION,
 ) -> Plan:
     """Say what a recipe will save on a file: from sizes, without weights, frames not decoded.
 
-    It is a plan for asking about all frames at once. With `group` a share of each group is kept,
-    which may round to other counts.
+    With `group` it is the plan of a session that watches a video group by group, and of `ask` with
+    that many frames a group: budgets are of each group, and the cache is that behind the question.
 
     A sound is decoded, because containers do not tell its length to the sample.
 
@@ -126,6 +127,7 @@ def plan(
         recipe: What to prune; None for the default one.
         frames: Frames to take from a video, evenly spread; 64 if `fps` is not given either.
         fps: Frames per second to take from a video.
+        group: Frames of a video that are prefilled at once; None for all.
         sound: Whether a model that both sees and hears is given a video's sound track as well.
         question: In words; its length counts for operations and bytes.
 
@@ -136,39 +138,63 @@ def plan(
     check_question(question)
     check_amount(frames, fps)
     chosen = None if recipe is None else Recipe(recipe)
+    if group is not None:
+        check_session(chosen or Recipe())
     loaded = load_outline(model)
-    # A processor of images wants pixels, if only black ones.
-    reader = partial(_outline_video, device="meta" if loaded.watches else "cpu")
-    media = read_media(path, loaded, frames=frames, fps=fps, sound=sound, reader=reader)
-    chosen = default_recipe(loaded, media) if chosen is None else chosen
-    # Checks the recipe against the model; it is never entered.
-    stages = Patch(loaded.model, chosen, "original").stages
-    acting = [stage for stage in stages if not isinstance(stage, EncoderStage)]
-    inputs, by_content = _process(loaded, media, question)
-    prompt = Prompt.of(loaded.adapter, inputs, loaded.frame_seconds(media.video))
-    steps = [forecast(prompt, acting[:count]) for count in range(len(acting) + 1)]
+    if group is None:
+        media = outline_media(path, loaded, frames=frames, fps=fps, sound=sound)
+        chosen = default_recipe(loaded, media) if chosen is None else chosen
+        stages = _acting(loaded, chosen)
+        prompt, by_content = prompt_of(loaded, media, question)
+        return _plan(loaded, chosen, stages, [prompt], len(media.frames), by_content)
+    chosen = default_recipe(loaded) if chosen is None else chosen
+    Session(loaded.model, loaded.processor, chosen, group=group, name=loaded.name)  # or it refuses
+    check_watchable(path, loaded, sound=sound)
+    stages = _acting(loaded, chosen)
+    amount: dict[str, Any] = {"group": group, "frames": frames, "fps": fps}
+    prompts, count = prompts_in_groups(loaded, path, question, **amount)
+    return _plan(loaded, chosen, stages, prompts, count)
+
+
+def _acting(loaded: LoadedModel, recipe: Recipe) -> list[Stage]:
+    """The stages that leave fewer tokens, checked against the model."""
+    stages = Patch(loaded.model, recipe, "original").stages  # never entered
+    return [stage for stage in stages if not isinstance(stage, EncoderStage)]
+
+
+def _plan(
+    loaded: LoadedModel,
+    recipe: Recipe,
+    acting: list[Stage],
+    prompts: Sequence[Prompt],
+    frames: int,
+    by_content: bool = False,
+) -> Plan:
+    """The plan of prompts that follow each other."""
+    steps = [forecast_all(prompts, acting[:count]) for count in range(len(acting) + 1)]
     first, last = steps[0], steps[-1]
-    uncertain = [stage.name for stage, sure in zip(acting, last.exact, strict=True) if not sure]
+    exact = [all(sure) for sure in zip(*(one.exact for one in last), strict=True)]
+    uncertain = [stage.name for stage, sure in zip(acting, exact, strict=True) if not sure]
     adaptive = (["processor"] if by_content else []) + uncertain
     return Plan(
-        media_tokens=last.call.media_tokens,
+        media_tokens=total([one.call.media_tokens for one in last]),
         prefill_flops={"before": _flops(loaded, first), "after": _flops(loaded, last)},
-        kv_bytes={"before": first.call.kv_bytes_after, "after": last.call.kv_bytes_after},
+        kv_bytes={"before": _kv_bytes(first), "after": _kv_bytes(last)},
         exact=not adaptive,
         adaptive=tuple(dict.fromkeys(adaptive)),
         stages=tuple(
             PlannedStage(
                 method=stage.name,
                 site=str(stage.site),
-                media_tokens=last.left[number],
+                media_tokens=round(sum(one.left[number] for one in last), 2),
                 prefill_flops=_flops(loaded, steps[number + 1]),
-                kv_bytes=steps[number + 1].call.kv_bytes_after,
-                exact=last.exact[number] and not by_content,
+                kv_bytes=_kv_bytes(steps[number + 1]),
+                exact=exact[number] and not by_content,
             )
             for number, stage in enumerate(acting)
         ),
-        frames=len(media.frames),
-        recipe=str(chosen),
+        frames=frames,
+        recipe=str(recipe),
         model=loaded.name,
     )
 
@@ -181,49 +207,10 @@ def _row(
     return name, count, f"{flops / 1e9:,.1f} GFLOP", f"{size / 2**20:,.1f} MiB"
 
 
-def _flops(loaded: LoadedModel, step: Forecast) -> float:
-    return prefill_flops(loaded.model, step.rows)
+def _flops(loaded: LoadedModel, step: Sequence[Forecast]) -> float:
+    return sum(prefill_flops(loaded.model, one.rows, one.earlier) for one in step)
 
 
-def _outline_video(
-    path: str | Path,
-    *,
-    frames: int | None,
-    fps: float | None,
-    size: SizeRule | None,
-    device: str,
-) -> Video:
-    """What `read_video` reads, with frames that have a shape, but no content."""
-    index = index_video(path)
-    ranks = choose_ranks(
-        index, frames=frames, fps=fps, indices=None, seconds=None, start=None, end=None
-    )
-    height, width = resolve_size(size, index.info, len(ranks))
-    blank = torch.zeros(1, dtype=torch.uint8, device=device)
-    return Video(
-        blank.expand(len(ranks), 3, height, width),
-        torch.from_numpy(index.seconds[ranks]),
-        torch.from_numpy(ranks),
-        index.info,
-        torch.zeros(len(ranks), dtype=torch.bool),
-        0,
-        Timings(0.0, 0.0),
-    )
-
-
-def _process(loaded: LoadedModel, media: Media, question: str) -> tuple[dict[str, Any], bool]:
-    """What the processor makes of the media, and whether it counts tokens by what they show."""
-    try:
-        return loaded.process(media, question), False
-    except NotImplementedError:  # torch, about tensors without data
-        if media.video is None:
-            raise
-        generator = torch.Generator().manual_seed(0)
-        # In noise no frame repeats another: as many tokens are left as can be.
-        noise = torch.empty(media.frames.shape, dtype=torch.uint8).random_(generator=generator)
-    found = []
-    for frames in (torch.zeros_like(noise), noise):
-        video = replace(media.video, frames=frames)
-        found.append(loaded.process(replace(media, frames=frames, video=video), question))
-    still, lively = (len(inputs["input_ids"][0]) for inputs in found)
-    return found[1], still != lively
+def _kv_bytes(step: Sequence[Forecast]) -> int:
+    """Of the cache behind the last prompt."""
+    return step[-1].call.kv_bytes_after

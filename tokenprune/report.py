@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -18,7 +19,7 @@ from tokenprune.timing import Clock, Mark
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Call", "Decision", "KVBytes", "MediaTokens", "Report"]
+__all__ = ["Call", "Decision", "KVBytes", "MediaTokens", "Report", "total"]
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,18 @@ class MediaTokens(TypedDict):
     before: int
     after: int
     per_site: dict[str, float]
+
+
+def total(counts: Sequence[MediaTokens]) -> MediaTokens:
+    """The media tokens of several prefills together."""
+    sites = dict.fromkeys(site for one in counts for site in one["per_site"])
+    return {
+        "before": sum(one["before"] for one in counts),
+        "after": sum(one["after"] for one in counts),
+        "per_site": {
+            site: round(sum(one["per_site"].get(site, 0) for one in counts), 2) for site in sites
+        },
+    }
 
 
 class KVBytes(TypedDict):

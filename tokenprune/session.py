@@ -19,7 +19,7 @@ from tokenprune.engine import Patch
 from tokenprune.errors import MediaError, RecipeError, TokenPruneError, UnsupportedModelError
 from tokenprune.loading import LoadedModel, check_question, check_watchable
 from tokenprune.recipe import Recipe
-from tokenprune.report import KVBytes, MediaTokens, Report
+from tokenprune.report import KVBytes, MediaTokens, Report, total
 from tokenprune.rollback import Bookmark, cache_from_state, cache_state
 from tokenprune.stage import Method
 from tokenprune.storage import check_identity, check_path, identity, read, write
@@ -110,16 +110,7 @@ class Session:
     @property
     def media_tokens(self) -> MediaTokens:
         """Media tokens of all groups, before and after."""
-        counts = [group.media_tokens for group in self.groups]
-        sites = dict.fromkeys(site for one in counts for site in one["per_site"])
-        return {
-            "before": sum(one["before"] for one in counts),
-            "after": sum(one["after"] for one in counts),
-            "per_site": {
-                site: round(sum(one["per_site"].get(site, 0) for one in counts), 2)
-                for site in sites
-            },
-        }
+        return total([group.media_tokens for group in self.groups])
 
     @property
     def kv_bytes(self) -> KVBytes:
@@ -409,6 +400,7 @@ class Session:
                 f"{str(path)!r} was saved with a processor that writes prompts otherwise; load the "
                 "same processor, or watch the video again"
             )
+        watcher.check_positions(watcher.script)
         inputs = {
             name.removeprefix("told."): one.to(model.device)
             for name, one in tensors.items()
