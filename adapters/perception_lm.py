@@ -11,6 +11,7 @@ from transformers import CLIPVisionConfig
 
 from tokenprune.adapter import Adapter, Item, MediaCall, Tower
 from tokenprune.adapters._pixels import CLIP, HALF, Normalisation, patches
+from tokenprune.adapters.longva import LongVAImageProcessor, LongVAProcessor
 from tokenprune.layout import Modality
 
 __all__ = ["PerceptionLM"]
@@ -20,8 +21,8 @@ class PerceptionLM(Adapter):
     """PerceptionLM, and LongVA, which `tokenprune convert longva` writes as one on a CLIP tower.
 
     How the tiles of an image lie is not among the model's inputs: each tile is a canvas of its
-    own. PerceptionLM shows the whole picture first; LongVA shows tiles alone, so that a picture of
-    what was kept is one of its first tile. The model is not told when its frames were taken.
+    own. PerceptionLM shows the whole picture first, LongVA shows tiles alone. The model is not told
+    when its frames were taken.
     """
 
     model_types = ("perception_lm",)
@@ -34,6 +35,11 @@ class PerceptionLM(Adapter):
             # Early releases of transformers take every tower for one of timm's.
             config.vision_config = CLIPVisionConfig(**told)
         return config
+
+    @classmethod
+    def mend_processor(cls, processor: Any) -> Any:
+        tiled = isinstance(processor.image_processor, LongVAImageProcessor)
+        return LongVAProcessor.of(processor) if tiled else processor
 
     def encoders(self) -> dict[str, Modality]:
         return {"get_image_features": "image"}
@@ -49,8 +55,10 @@ class PerceptionLM(Adapter):
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
         pixels = call.arguments["pixel_values"]
         side = self._side(call) // self._pooled
-        item = Item.grid(pixels.shape[1], side, side, video=call.modality == "video")
-        return [item] * len(pixels)
+        video, counts = call.modality == "video", [pixels.shape[1]]
+        if not video and prompt.get("input_ids") is not None:
+            counts = self._tiles(pixels.shape[1], side**2, prompt["input_ids"])
+        return [Item.grid(count, side, side, video=video) for count in counts] * len(pixels)
 
     def tower(self, modality: Modality) -> Tower | None:
         tower: Any = self.base_model.vision_tower
@@ -65,13 +73,27 @@ class PerceptionLM(Adapter):
         pooled = functional.adaptive_avg_pool2d(
             torch.stack(maps).reshape(-1, side, side), side // self._pooled
         )
-        return list(pooled.reshape(len(call.items), -1))
+        return list(torch.split(pooled.flatten(), [len(item.row) for item in call.items]))
 
     def grey(self, call: MediaCall) -> list[Tensor] | None:
         pictures = call.arguments["pixel_values"].flatten(0, 1)
         clip = self.config.vision_config.model_type == "clip_vision_model"
         normalisation: Normalisation = CLIP if clip else HALF
         return list(normalisation.grey(patches(pictures, self._patch)))
+
+    def _tiles(self, tiles: int, tokens: int, ids: Tensor) -> list[int]:
+        """Tiles of each image in a line of `pixel_values`: of one, or of all images of a prompt.
+
+        Args:
+            tiles: Tiles in all.
+            tokens: Tokens of a tile.
+            ids: `[B, S]`, the prompt: the placeholders of an image are one unbroken run.
+        """
+        edges = functional.pad((ids[:1] == self.config.image_token_id).int(), (1, 1)).diff(dim=1)
+        runs = (edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]
+        counts: list[int] = (runs // tokens).tolist()
+        fits = bool((runs % tokens == 0).all()) and sum(counts) == tiles
+        return counts if fits else [tiles]
 
     @property
     def _patch(self) -> int:

@@ -190,7 +190,7 @@ class _Jobs:
                         part = part.answer
                     texts[column] = part
                     yield texts[0], texts[1], "", None
-            drawn = found[0].report.overlay(found[0].pictures) if len(media.frames) else None
+            drawn = found[0].overlay() if len(media.frames) else None
             yield texts[0], texts[1], _table(found), drawn
 
     def _stream(self, media: Media, question: str, recipe: Recipe) -> Iterator[str | Answer]:

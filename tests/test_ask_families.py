@@ -70,7 +70,8 @@ def test_ask_about_an_image(name, checkpoint, command, files, tmp_path):
     assert (found["frames"], found["model"]) == (1, str(folder))
     with Image.open(overlay) as picture:
         # A square that a processor crops to, or a tile, is small enough to be enlarged.
-        sizes = dict.fromkeys(CROPPING, (180, 180)) | {"longva": (4 * 56, 4 * 56)}
+        tiles = 2 * 4 * 56 + 4  # two by two, with a gap
+        sizes = dict.fromkeys(CROPPING, (180, 180)) | {"longva": (tiles, tiles)}
         assert picture.size == sizes.get(name, (160, 90))
 
 

@@ -21,11 +21,14 @@ from torch.nn import functional
 from tests.checkpoints.base import tokenizer
 from tests.checkpoints.llava_kin import save_longva_tower, save_original_longva
 from tests.tiny import IMAGE, VIDEO, VOCABULARY, build
-from tokenprune.adapters.longva import convert
+from tokenprune import prune
+from tokenprune.adapters.longva import LongVAProcessor, convert
 from tokenprune.adapters.perception_lm import PerceptionLM
+from tokenprune.answering import answer
 from tokenprune.conversion import find_converter
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
 from tokenprune.loading import Media, load_model
+from tokenprune.recipe import Recipe
 
 
 @pytest.fixture
@@ -230,17 +233,131 @@ def test_images_are_tiled_as_published(
     torch.testing.assert_close(found, frames_as_published(source, tower, wanted), rtol=0, atol=1e-5)
 
 
-def test_a_picture_of_what_was_kept_is_one_of_the_first_tile(
+@pytest.mark.parametrize(
+    ("size", "columns"), [((112, 56), 2), ((56, 112), 1), ((112, 112), 2), ((300, 40), 2)]
+)
+def test_a_picture_of_what_was_kept_shows_all_tiles(
+    size: tuple[int, int], columns: int, original: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Each of them in its place, and dark where its own tokens are gone."""
+    source, tower = original
+    convert(source, tmp_path / "out", tower)
+    loaded = load_model(str(tmp_path / "out"), device="cpu")
+    noise = numpy.random.default_rng(0).integers(100, 255, (4, 4, 3), dtype=numpy.uint8)
+    picture = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    media = Media(torch.from_numpy(numpy.array(picture)).permute(2, 0, 1)[None])
+    expected = tiles_as_published(picture, GRIDS)
+    found = answer(loaded, media, "What?", Recipe("random(keep=0.4)"), max_new_tokens=1)
+
+    tiles = torch.stack([torch.from_numpy(numpy.array(one)).permute(2, 0, 1) for one in expected])
+    off = (found.pictures.int() - tiles.int()).abs()
+    assert off.max() <= (0 if size in GRIDS else 3)
+    assert found.columns == columns
+    (layout,) = found.report.last.layouts
+    kept = torch.isin(layout.position, found.report.last.decisions[0].kept)
+    assert 0 < int(kept.sum()) < len(kept) == 4 * len(tiles)
+    drawn = numpy.asarray(found.overlay().convert("L")).astype(int)
+    step = (drawn.shape[1] + 4) // columns  # of a tile, enlarged, and the gap behind it
+    cell = (step - 4) // 2
+    for token, here in enumerate(kept.tolist()):
+        tile, row, column = token // 4, token // 2 % 2, token % 2
+        top = tile // columns * step + row * cell
+        left = tile % columns * step + column * cell
+        part = drawn[top + 8 : top + cell - 8, left + 8 : left + cell - 8]
+        side = slice(28 * row, 28 * row + 28), slice(28 * column, 28 * column + 28)
+        shown = numpy.asarray(expected[tile].convert("L")).astype(int)[side][2:-2, 2:-2]
+        assert part.mean() == pytest.approx(shown.mean() * (1 if here else 0.16), abs=4)
+
+
+def pictures_of(*sizes: tuple[int, int]) -> list[Image.Image]:
+    random = numpy.random.default_rng(0)
+    return [
+        Image.fromarray(random.integers(0, 255, (high, wide, 3), dtype=numpy.uint8))
+        for wide, high in sizes
+    ]
+
+
+@pytest.mark.parametrize("recipe", ["none", "vflowopt(keep=0.5)", "random(keep=0.5 per=item)"])
+def test_images_of_a_prompt_may_have_different_numbers_of_tiles(
+    recipe: str, original: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, tower = original
+    convert(source, tmp_path / "out", tower)
+    loaded = load_model(str(tmp_path / "out"), device="cpu")
+    pictures, counts = pictures_of((112, 56), (112, 112), (56, 112)), [2, 4, 2]
+    text = loaded.prompt([{"type": "image"}] * 3, "What?")
+    inputs = loaded.processor(text=[text], images=pictures, return_tensors="pt")
+    each = [
+        loaded.processor(text=[text.replace("<image>\n", "", 2)], images=[one], return_tensors="pt")
+        for one in pictures
+    ]
+    tiles = torch.cat([one["pixel_values"][0] for one in each])
+    assert torch.equal(inputs["pixel_values"], tiles[None])
+    for beams in (1, 2):
+        with torch.no_grad(), prune(loaded.model, recipe) as report:
+            loaded.model.generate(**inputs, max_new_tokens=2, num_beams=beams, do_sample=False)
+        for layout in report.last.layouts:
+            assert layout.item.tolist() == [n for n in range(3) for _ in range(4 * counts[n])]
+            assert layout.canvas.tolist() == [n for n in range(8) for _ in range(4)]
+            where = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
+            assert layout.position.tolist() == where.tolist()
+        if "per=item" in recipe:
+            kept = torch.isin(report.last.layouts[0].position, report.last.decisions[0].kept)
+            items = report.last.layouts[0].item[kept]
+            assert torch.bincount(items).tolist() == [4, 8, 4]
+    # Features of an image are those that it has alone.
+    model: Any = loaded.model
+    with torch.no_grad():
+        one = model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+    torch.testing.assert_close(one, frames_as_published(source, tower, tiles), rtol=0, atol=1e-5)
+
+
+def test_the_processor_is_saved_as_it_was_loaded(
     original: tuple[Path, Path], tmp_path: Path
 ) -> None:
     source, tower = original
     convert(source, tmp_path / "out", tower)
     loaded = load_model(str(tmp_path / "out"), device="cpu")
-    noise = numpy.random.default_rng(0).integers(0, 255, (112, 112, 3), dtype=numpy.uint8)
-    picture = torch.from_numpy(noise).permute(2, 0, 1)
-    (shown,) = loaded.visible(Media(picture[None]))
+    for name in ("processor_config.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "out" / name).unlink()
+    loaded.processor.save_pretrained(tmp_path / "out")
+    again = load_model(str(tmp_path / "out"), device="cpu")
+    text = loaded.prompt([{"type": "image"}] * 2, "What?")
+    one, other = (
+        each.processor(text=[text], images=pictures_of((112, 56), (112, 112)), return_tensors="pt")
+        for each in (loaded, again)
+    )
 
-    assert torch.equal(shown, picture[:, :56, :56])
+    assert isinstance(again.processor, LongVAProcessor)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_images_with_equally_many_tiles_are_stacked(
+    original: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, tower = original
+    convert(source, tmp_path / "out", tower)
+    loaded = load_model(str(tmp_path / "out"), device="cpu")
+    text = loaded.prompt([{"type": "image"}] * 2, "What?")
+    pictures = pictures_of((112, 56), (56, 112))
+    inputs = loaded.processor(text=[text], images=pictures, return_tensors="pt")
+
+    assert inputs["pixel_values"].shape == (2, 2, 3, 56, 56)
+    with torch.no_grad(), prune(loaded.model, "none") as report:
+        loaded.model.generate(**inputs, max_new_tokens=1)
+    assert report.last.layouts[0].item.tolist() == [0] * 8 + [1] * 8
+
+
+def test_prompts_of_a_batch_with_different_numbers_of_tiles_fail(
+    original: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, tower = original
+    convert(source, tmp_path / "out", tower)
+    loaded = load_model(str(tmp_path / "out"), device="cpu")
+    text = loaded.prompt([{"type": "image"}], "What?")
+    pictures = [[one] for one in pictures_of((112, 56), (112, 112))]
+    with pytest.raises(ValueError, match=r"equally many tiles, got \[2, 4\]; give the prompts one"):
+        loaded.processor(text=[text] * 2, images=pictures, padding=True, return_tensors="pt")
 
 
 def test_transformers_alone_does_not_guess(original: tuple[Path, Path], tmp_path: Path) -> None:

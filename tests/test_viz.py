@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -129,6 +131,22 @@ def test_images_of_different_size():
     assert centers(picture, 2, 2, height=100, width=200).min() > 0.98
     light = centers(picture, 3, 1, left=204, height=240)
     assert light[0, 0] < 0.2 and light[1:].min() > 0.98
+
+
+def test_tiles_that_each_have_a_picture_are_all_drawn():
+    layout = replace(grid(1, 2, frames=4), item=torch.zeros(8, dtype=torch.int64))
+    assert layout.canvas.unique().tolist() == [0, 1, 2, 3] and (layout.frame == -1).all()
+    presence = torch.ones(8)
+    presence[[1, 4]] = 0.0  # of the first tile the right one, of the third the left one
+    picture = overlay(layout, presence, white(4), columns=2)
+    light = [
+        centers(picture, 1, 2, number % 2 * (160 + GAP), number // 2 * (96 + GAP)).flatten()
+        for number in range(4)
+    ]
+    assert (torch.cat(light) < 0.2).nonzero()[:, 0].tolist() == [1, 4]
+    # One picture for all of them shows the first, which with most families is the whole.
+    light = centers(overlay(layout, presence, white(1)), 1, 2).flatten()
+    assert (light < 0.2).tolist() == [False, True]
 
 
 def test_sounds_are_left_out():

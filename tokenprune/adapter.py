@@ -146,6 +146,11 @@ class Adapter(ABC):
         """The configuration of a checkpoint, where releases of transformers misread it."""
         return config
 
+    @classmethod
+    def mend_processor(cls, processor: Any) -> Any:
+        """The processor of a checkpoint, where transformers' cannot do all that its model can."""
+        return processor
+
     # -- where things are; the defaults serve most families
 
     @property

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from tokenprune.recipe import Recipe
 from tokenprune.report import KVBytes, MediaTokens, Report
 from tokenprune.timeline import Timeline
 from tokenprune.timing import Clock
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["Answer", "answer", "ask", "default_recipe", "numbers"]
 
@@ -36,12 +39,14 @@ class Answer:
         recipe: The recipe, as text.
         model: Name of the model.
         report: The full report.
-        pictures: `[F, 3, H, W]` uint8, the frames as far as the model saw them, for an overlay.
+        pictures: `[F, 3, H, W]` uint8, the frames as far as the model saw them; or tiles of an
+            image, if it saw nothing else.
         timeline: When each group of frames was decoded, processed, encoded and prefilled; all
             frames are one group, unless they were watched in several.
         pictures_decoded: Pictures that came out of decoders: the frames, and those they are built
             on; 0 if it is no video.
         bytes_read: Bytes of video packets that were read for them.
+        columns: How many `pictures` lie side by side, if they are tiles.
     """
 
     answer: str
@@ -56,6 +61,15 @@ class Answer:
     timeline: Timeline = field(repr=False, compare=False)
     pictures_decoded: int
     bytes_read: int
+    columns: int | None = None
+
+    def overlay(self) -> Image:
+        """A picture of what the model saw, in which dropped tokens are dark.
+
+        Raises:
+            MediaError: It saw nothing, or the frames are no more at hand.
+        """
+        return self.report.overlay(self.pictures, columns=self.columns)
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
@@ -193,6 +207,7 @@ def answer(
         timeline=Timeline((spans,)).from_start(),
         pictures_decoded=0 if video is None else video.pictures_decoded,
         bytes_read=0 if video is None else video.bytes_read,
+        columns=loaded.columns(media),
     )
 
 

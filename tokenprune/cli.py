@@ -130,7 +130,7 @@ def ask(
         if compare:
             found.append(run(Recipe(), max_new_tokens))
     if overlay is not None:
-        save_picture(found[0].report.overlay(found[0].pictures), overlay)
+        save_picture(found[0].overlay(), overlay)
     if timeline is not None:
         found[0].timeline.save(timeline)
     if as_json:

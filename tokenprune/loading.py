@@ -186,20 +186,21 @@ class LoadedModel:
         """The frames without what the processor crops away, as an overlay needs them.
 
         Returns:
-            `[F, 3, H, W]` uint8.
+            `[F, 3, H, W]` uint8; the tiles of an image of which the model sees nothing else, see
+            `columns`.
         """
         watched = media.video is not None and self.watches
         name = "video_processor" if watched else "image_processor"
         part: Any = getattr(self.processor, name, None)
-        first_view = getattr(part, "first_view", None)
-        if len(media.frames) and first_view:  # of a processor that shows tiles only
-            return torch.stack([first_view(one) for one in media.frames])
         size, crop = getattr(part, "size", None), getattr(part, "crop_size", None)
         # A tiling processor shows the model all of an image, squeezed into a square.
         if not getattr(part, "do_center_crop", None) or hasattr(part, "image_grid_pinpoints"):
             return media.frames
         edge = size.get("shortest_edge") if size else None
         if not edge or not crop:
+        if self.columns(media) is not None:
+            tiles: Tensor = self.processor.image_processor.tiles(media.frames[0])
+            return tiles
             return media.frames
         height, width = media.frames.shape[-2:]
         scale = min(height, width) / edge
@@ -222,6 +223,14 @@ class LoadedModel:
                 "audio": [_audible(media.audio).numpy()],
                 "audio_from_video_indices": [0],
                 "load_audio_from_video": True,
+    def columns(self, media: Media) -> int | None:
+        """How many tiles lie side by side, of an image that the model sees in tiles alone."""
+        part: Any = getattr(self.processor, "image_processor", None)
+        if media.video is not None or not len(media.frames) or not hasattr(part, "columns"):
+            return None
+        columns: int = part.columns(*media.frames.shape[-2:])
+        return columns
+
                 "truncation": False,  # or the track would end with the processor's longest sound
             }
             return arguments, parts
@@ -313,7 +322,7 @@ def load_model(
     device = device or _default_device()
     with _reading(name):
         config = _served_config(transformers.AutoConfig.from_pretrained(path), name)
-        processor = transformers.AutoProcessor.from_pretrained(path)
+        processor = _served_processor(path, config)
         model, found = auto_class(config).from_pretrained(
             path,
             config=config,
@@ -344,7 +353,7 @@ def load_outline(name: str | None = None, *, device: str | None = None) -> Loade
     path = _find(name)
     with _reading(name):
         config = _served_config(transformers.AutoConfig.from_pretrained(path), name)
-        processor = transformers.AutoProcessor.from_pretrained(path)
+        processor = _served_processor(path, config)
         dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
         dtype = _default_dtype(dtype, device or _default_device())
         with torch.device("meta"):
@@ -420,6 +429,12 @@ def read_media(
     path: str | Path,
     loaded: LoadedModel,
     *,
+def _served_processor(path: str, config: Any) -> Any:
+    """The processor of a checkpoint whose config an adapter serves."""
+    processor = transformers.AutoProcessor.from_pretrained(path)
+    return list_models()[config.model_type].mend_processor(processor)
+
+
     frames: int | None = None,
     fps: float | None = None,
     sound: bool = True,

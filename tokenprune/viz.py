@@ -33,19 +33,21 @@ def overlay(
     """Draw frames side by side, dark where tokens were dropped.
 
     The brightness of a cell is the share of layers and heads that still hold its token. Of a
-    tiled image the first canvas is drawn; of long videos every n-th frame.
+    tiled image the first canvas is drawn, unless each canvas has a picture; of long videos every
+    n-th frame.
 
     Args:
         layout: `N` media tokens of one sample.
         presence: `[N]` in [0, 1].
-        frames: `[F, 3, H, W]` uint8, or a sequence of PIL images or `[H, W, 3]` arrays.
+        frames: `[F, 3, H, W]` uint8, or a sequence of PIL images or `[H, W, 3]` arrays: one for
+            each frame or image, or one for each canvas.
         columns: Frames side by side; by default about as wide as high.
 
     Raises:
         MediaError: There are no frames, or no visual tokens, to draw.
     """
     pictures = _pictures(frames)
-    canvases = _canvases(layout)
+    canvases = _canvases(layout, len(pictures))
     if not pictures or not canvases:
         raise MediaError(
             f"an overlay needs frames and visual tokens, got {len(pictures)} frames and "
@@ -104,11 +106,14 @@ def _pictures(frames: Any) -> list[Image.Image]:
     ]
 
 
-def _canvases(layout: TokenLayout) -> list[Tensor]:
+def _canvases(layout: TokenLayout, pictures: int) -> list[Tensor]:
     """Rows of the layout that lie on each canvas to draw, in order."""
     found: dict[tuple[int, int], Tensor] = {}
     visual = layout.modality != AUDIO
-    for canvas in sorted(set(layout.canvas[visual].tolist())):
+    numbers = sorted(set(layout.canvas[visual].tolist()))
+    if len(numbers) == pictures:
+        return [((layout.canvas == number) & visual).nonzero()[:, 0] for number in numbers]
+    for canvas in numbers:
         rows = ((layout.canvas == canvas) & visual).nonzero()[:, 0]
         place = int(layout.item[rows[0]]), int(layout.frame[rows[0]])
         found.setdefault(place, rows)
