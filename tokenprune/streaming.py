@@ -192,6 +192,12 @@ class Script:
         }
         return Tokens(ids.new_tensor([lead + written]), types, media)
 
+    def black(self) -> tuple[Tokens, Tokens]:
+        """A clip of black frames, and the same with as many after them."""
+        first = self.write(self._black(0, self._length), opening=True)
+        second = self.write(self._black(self._length, self._length), opening=False)
+        return first, first.first(len(first) - self.closing).then(second)
+
     def suffix(self, question: str) -> Tokens:
         """The tokens after the media, with a question.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
@@ -195,7 +196,25 @@ class Watcher:
         """Settle what all frames have in common."""
         height, width = frames.shape[-2:]
         script = Script(self._loaded, (height, width), sized, pace)
+        self.check_positions(script)
         self.script, self.size, self.sized, self.pace = script, (height, width), sized, pace
+
+    def check_positions(self, script: Script) -> None:
+        """Check that frames stay where they are when others follow them.
+
+        Raises:
+            UnsupportedModelError: They do not: an older release of transformers places the frames
+                of a clip by the size of the whole.
+        """
+        once, twice = script.black()
+        stay = len(once) - script.closing
+        early, late = (self.positions(told.then(script.ending)) for told in (once, twice))
+        if not torch.equal(early[..., :stay], late[..., :stay]):
+            raise UnsupportedModelError(
+                f"transformers {transformers.__version__} gives the frames of {self._loaded.name} "
+                "positions that depend on how many follow, so they cannot be watched one by one; "
+                "install a newer release, or ask about the file at once"
+            )
 
     def _check_rate(self, fps: float) -> None:
         assert self.pace is not None
