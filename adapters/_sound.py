@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapter import Item
-from tokenprune.errors import UnsupportedModelError
 
-__all__ = ["MEL_SECONDS", "Windows", "evenly", "refuse_torn"]
+__all__ = ["MEL_SECONDS", "Windows", "evenly"]
 
 MEL_SECONDS: Final = 160 / 16_000
 """Between two mel frames: 160 samples at 16 kHz, in all families."""
@@ -76,28 +75,3 @@ def _runs(held: Tensor) -> Iterator[int]:
         steps = torch.cat([edge, row, edge]).diff()
         starts, ends = (steps == 1).nonzero()[:, 0], (steps == -1).nonzero()[:, 0]
         yield from (ends - starts).tolist()
-
-
-def refuse_torn(features: Tensor, ids: Tensor | None) -> None:
-    """Check that beams did not tear the sounds of a row apart.
-
-    `generate` repeats each of the encoder's inputs for the beams. Where a row holds several of
-    them (sounds, or windows of one sound), the first beam would hear the first one several times.
-
-    Args:
-        features: `[windows, ...]`, what was encoded.
-        ids: `[B, S]` of the prompt.
-
-    Raises:
-        UnsupportedModelError: They did.
-    """
-    if ids is None or len(features) <= len(ids):
-        return  # one a row at most
-    rows = (ids[1:] == ids[:-1]).all(dim=1)
-    alike = (features[1:] == features[:-1]).flatten(1).all(dim=1)
-    if bool(rows.any()) and 2 * int(alike.sum()) >= len(features):
-        raise UnsupportedModelError(
-            f"beams or several return sequences need one sound of one window a row, got "
-            f"{len(features)} for {len(ids)} rows, and transformers would deal them to the wrong "
-            "rows; use num_beams=1 and one return sequence, or one short sound a row"
-        )

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from tokenprune.adapter import Adapter, Item, MediaCall
-from tokenprune.adapters._sound import MEL_SECONDS, Windows, refuse_torn
+from tokenprune.adapters._sound import MEL_SECONDS, Windows
 from tokenprune.layout import Modality
 
 __all__ = ["AudioFlamingo3"]
@@ -22,7 +22,6 @@ class AudioFlamingo3(Adapter):
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
         mask: Tensor = call.arguments["input_features_mask"]  # [windows, mel frames]
         held: Tensor = prompt["input_ids"] == self.config.audio_token_id
-        refuse_torn(call.arguments["input_features"], prompt["input_ids"])
         windows = Windows(
             tokens=_tokens(mask.sum(dim=-1)).tolist(),
             whole=int(_tokens(mask.new_tensor(mask.shape[-1]).long())),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapter import Adapter, Item, MediaCall
-from tokenprune.adapters._sound import MEL_SECONDS, refuse_torn
+from tokenprune.adapters._sound import MEL_SECONDS
 from tokenprune.layout import Modality
 
 __all__ = ["GraniteSpeech"]
@@ -25,7 +25,6 @@ class GraniteSpeech(Adapter):
 
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
         features: Tensor = call.arguments["input_features"]  # [sounds, states, two mel frames]
-        refuse_torn(features, prompt.get("input_ids"))
         window = self.config.window_size
         queries = window // self.config.downsample_rate
         mask = prompt.get("input_features_mask")  # [sounds, tokens]

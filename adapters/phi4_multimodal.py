@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from tokenprune.adapter import Adapter, Item, MediaCall, Tower
 from tokenprune.adapters._pixels import HALF, Normalisation, patches
-from tokenprune.adapters._sound import MEL_SECONDS, evenly, refuse_torn
+from tokenprune.adapters._sound import MEL_SECONDS, evenly
 from tokenprune.layout import Modality
 
 __all__ = ["Phi4Multimodal"]
@@ -69,7 +69,6 @@ class Phi4Multimodal(Adapter):
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
         if call.modality == "audio":
             return self._sounds(call)
-        refuse_torn(call.arguments["image_pixel_values"], call.arguments["input_ids"])
         return [_image(tiles, self._side()) for tiles in self._tiles(call)]
 
     def tower(self, modality: Modality) -> Tower | None:
@@ -101,7 +100,6 @@ class Phi4Multimodal(Adapter):
         return list(self.normalisation.grey(patches(pixels, self.config.vision_config.patch_size)))
 
     def _sounds(self, call: MediaCall) -> list[Item]:
-        refuse_torn(call.arguments["audio_input_features"], call.arguments["input_ids"])
         audio = self.config.audio_config
         step = audio.time_reduction * audio.downsample_rate * MEL_SECONDS
         sizes = torch.as_tensor(call.arguments["audio_embed_sizes"]).flatten().tolist()

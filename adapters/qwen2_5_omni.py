@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 
 from tokenprune.adapter import Item, MediaCall, Tower
-from tokenprune.adapters._sound import refuse_torn
 from tokenprune.adapters.qwen2_5_vl import Qwen2_5VL
 from tokenprune.adapters.qwen2_audio import sounds
 from tokenprune.layout import Modality
@@ -26,7 +25,6 @@ class Qwen2_5Omni(Qwen2_5VL):
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
         if call.modality != "audio":
             return super().items(call, prompt)
-        refuse_torn(call.arguments["input_features"], prompt.get("input_ids"))
         mask = call.arguments.get("feature_attention_mask")
         lengths = call.arguments.get("audio_feature_lengths") if mask is None else mask.sum(dim=1)
         return sounds(torch.as_tensor(lengths))

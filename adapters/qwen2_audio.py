@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapter import Adapter, Item, MediaCall
-from tokenprune.adapters._sound import MEL_SECONDS, evenly, refuse_torn
+from tokenprune.adapters._sound import MEL_SECONDS, evenly
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.layout import Modality
 
@@ -47,7 +47,6 @@ class Qwen2Audio(Adapter):
                 "how long each sound is remains unknown without feature_attention_mask; pass all "
                 "that the model's processor returns"
             )
-        refuse_torn(mask, ids)
         items = sounds(mask.sum(dim=-1))
         longest = max(len(item.real) for item in items)
         # The model goes by the same sign: expanded placeholders are neighbours.

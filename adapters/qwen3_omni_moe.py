@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapter import Item, MediaCall, Tower
-from tokenprune.adapters._sound import MEL_SECONDS, refuse_torn
+from tokenprune.adapters._sound import MEL_SECONDS
 from tokenprune.adapters.qwen3_vl import Qwen3VL
 from tokenprune.layout import Modality
 
@@ -29,7 +29,6 @@ class Qwen3OmniMoe(Qwen3VL):
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
         if call.modality != "audio":
             return super().items(call, prompt)
-        refuse_torn(call.arguments["input_features"], prompt.get("input_ids"))
         mask: Tensor = call.arguments["feature_attention_mask"]
         chunk = 2 * self.config.audio_config.n_window
         return [Item.sound(_seconds(count, chunk)) for count in mask.sum(dim=-1).tolist()]

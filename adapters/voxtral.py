@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from tokenprune.adapter import Adapter, Item, MediaCall
-from tokenprune.adapters._sound import MEL_SECONDS, Windows, refuse_torn
+from tokenprune.adapters._sound import MEL_SECONDS, Windows
 from tokenprune.layout import Modality
 
 __all__ = ["Voxtral"]
@@ -24,7 +24,6 @@ class Voxtral(Adapter):
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
         features = call.arguments["input_features"]  # [windows, mels, mel frames]
         audio = self.config.audio_config
-        refuse_torn(features, prompt["input_ids"])
         # Neighbouring states of the tower are laid side by side to be one token.
         whole = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
         windows = Windows(

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.contract.cases import SOUND_ONLY
+from tests.releases import OLD, UNUSABLE
 from tests.test_adapters import layouts, watching
 from tests.tiny import AUDIO as PLACEHOLDER
-from tests.tiny import NAMES, OLD, UNUSABLE, Tiny, build, decoder_of, family_of
+from tests.tiny import NAMES, Tiny, build, decoder_of, family_of
 from tokenprune import prune
 from tokenprune.adapter import adapter_for
 from tokenprune.adapters._sound import MEL_SECONDS

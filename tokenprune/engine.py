@@ -34,6 +34,7 @@ from tokenprune.attention import (
     last_query_mask,
     mask_for_kernel,
 )
+from tokenprune.beams import refuse_torn
 from tokenprune.cache import (
     CACHE_NAME,
     CACHE_NAMES,
@@ -191,6 +192,8 @@ class Patch:
             _shadow(stack, self.adapter.base_model, name, self._watch_encoder(modality))
         if hasattr(self.model, "prepare_inputs_for_generation"):
             _shadow(stack, self.model, "prepare_inputs_for_generation", self._refuse_early)
+            repeat = functools.partial(refuse_torn, self.adapter)
+            _shadow(stack, self.model, "_expand_inputs_for_generation", repeat)
         before, after = "register_forward_pre_hook", "register_forward_hook"
         _hook(stack, self.adapter.base_model, before, self._on_prompt, with_kwargs=True)
         _hook(stack, self._lm, before, self._before_lm, with_kwargs=True)
@@ -345,8 +348,8 @@ class Patch:
     def _on_prompt(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         self._prompt = {**kwargs, "input_ids": ids}
-        # What was encoded ahead counts if the model is given it: older releases of transformers lose
-        # it where `generate` prefills in chunks.
+        # What was encoded ahead counts if the model is given it: older releases of transformers
+        # lose it where `generate` prefills in chunks.
         self._lost = [] if kwargs.get("mm_encoder_outputs") else list(self._media)
 
     def _before_lm(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -607,7 +610,9 @@ class Patch:
         **kwargs: Any,
     ) -> LazyMask:
         # A window that holds all there is changes nothing, and plain causal masks are fastest.
-        if local_size is not None and int(kv_length) < local_size and not kwargs.get("use_vmap"):
+        # Either flag says that there is more to the function (images that see ahead).
+        plain = kwargs.get("allow_is_causal_skip", True) and not kwargs.get("use_vmap")
+        if local_size is not None and int(kv_length) < local_size and plain:
             mask_function = causal_mask_function
         return LazyMask(mask_function, attention_mask)
 

@@ -71,7 +71,10 @@ REFUSALS: dict[tuple[str, str], str] = {
 }
 
 TORN_BY_BEAMS = (*SOUND_ONLY, "glm4v", "phi4_multimodal_sounds")
-"""Whose default prompt holds several images, sounds or windows; `generate` repeats each alone."""
+"""Whose default prompt holds several images, sounds or windows; `generate` repeats each alone.
+
+This and the next list are of the newest release of transformers: older ones repeat less.
+"""
 
 NO_BEAMS: dict[str, str] = {
     # Variants whose media transformers itself cannot repeat for beams: why.

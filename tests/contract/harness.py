@@ -116,6 +116,19 @@ def _pruned(name: str, recipe: str, kind: str, attention: str) -> Run:
     return Run(one, recipe, before.inputs, output, report.calls, before.positions)
 
 
+@cache
+def failure_of_beams(name: str, kind: str) -> Exception | None:
+    """What goes wrong in transformers, without pruning, where it repeats a prompt for beams."""
+    one = model_of(name)
+    try:
+        output = generate(one, prompt_of(one, kind), num_beams=2, max_new_tokens=1)
+        # Until one is chosen, beams of a row see the same.
+        assert_close(output.logits[0][::2], logits_of(unpruned(name, kind).output)[:, 0])
+    except (AssertionError, ValueError, RuntimeError) as error:
+        return error
+    return None
+
+
 def forget_pruned_runs() -> None:
     """Run anew what is asked for next: the engine has changed."""
     _pruned.cache_clear()

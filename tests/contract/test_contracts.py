@@ -20,12 +20,10 @@ from tests.contract.cases import (
     COMBINED,
     EVERYWHERE,
     MROPE,
-    NO_BEAMS,
     ONE_PER_SITE,
     REFUSALS,
     SEPARATORS,
     THREE,
-    TORN_BY_BEAMS,
     drawn,
     keep_all,
     methods_of,
@@ -37,6 +35,7 @@ from tests.contract.harness import (
     NEW_TOKENS,
     Run,
     assert_matches_oracle,
+    failure_of_beams,
     generate,
     logits_of,
     model_of,
@@ -50,7 +49,8 @@ from tests.contract.harness import (
 from tests.contract.memory import Watch
 from tests.contract.oracle import assert_close, dense_logits, positions_logged
 from tests.contract.snapshot import snapshot
-from tests.tiny import FAMILIES, NAMES, OLD, PAD, decoder_of
+from tests.releases import OLD
+from tests.tiny import FAMILIES, NAMES, PAD, decoder_of
 from tokenprune import prune
 from tokenprune.adapter import adapter_for, list_models
 from tokenprune.cache import CACHE_NAME
@@ -434,9 +434,10 @@ def test_a_left_padded_batch_equals_each_alone(name: str, recipe: str) -> None:
 @pytest.mark.parametrize("name, recipe", uses([EVERYWHERE, "plphp(keep=0.4)"]))
 def test_beam_search_scores_match_the_oracle(name: str, recipe: str) -> None:
     one = model_of(name)
-    if name in NO_BEAMS:
-        pytest.skip(NO_BEAMS[name])
-    for kind in beam_kinds(name):
+    kinds = beam_kinds(name)
+    if not kinds:
+        pytest.skip("transformers cannot repeat its prompts")
+    for kind in kinds:
         inputs = prompt_of(one, kind)
         beams = 3
         with prune(one.model, recipe) as report:
@@ -458,14 +459,10 @@ def test_beam_search_scores_match_the_oracle(name: str, recipe: str) -> None:
 
 
 def beam_kinds(name: str) -> tuple[str, ...]:
-    """Prompts that transformers can repeat for beams.
-
-    Media that are not encoded ahead are repeated one by one, so several of them end up with the
-    wrong rows, unpruned too (and we refuse that).
-    """
-    if name in NO_BEAMS:
-        return ()
-    return ("second",) if name in TORN_BY_BEAMS else ("alone", "batch")
+    """Prompts that transformers can repeat for beams; `test_generate.py` has the others."""
+    kinds = [("alone", "batch"), ("second",)]
+    right = (k for k in kinds if not any(failure_of_beams(name, kind) for kind in k))
+    return next(right, ())
 
 
 def shifted(replay: Any, by: int) -> Any:
@@ -484,7 +481,7 @@ def test_several_return_sequences_match_the_oracle(name: str, recipe: str) -> No
     one = model_of(name)
     kind = next(iter(beam_kinds(name)), None)
     if kind is None:
-        pytest.skip(NO_BEAMS[name])
+        pytest.skip("transformers cannot repeat its prompts")
     inputs = prompt_of(one, kind)
     torch.manual_seed(5)
     with prune(one.model, recipe) as report:

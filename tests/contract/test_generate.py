@@ -13,8 +13,18 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from tests import tiny
-from tests.contract.cases import COMBINED, EVERYWHERE, NO_CHUNKS, THREE, keep_all, uses
+from tests.contract.cases import (
+    COMBINED,
+    EVERYWHERE,
+    NO_BEAMS,
+    NO_CHUNKS,
+    THREE,
+    TORN_BY_BEAMS,
+    keep_all,
+    uses,
+)
 from tests.contract.harness import (
+    failure_of_beams,
     generate,
     logits_of,
     model_of,
@@ -25,10 +35,11 @@ from tests.contract.harness import (
 )
 from tests.contract.oracle import assert_close, dense_logits, positions_logged
 from tests.contract.snapshot import snapshot
+from tests.releases import NEWEST, OLD, RELEASE
 from tests.tiny import AUDIO, AUDIO_END, AUDIO_START, IMAGE, NAMES, VIDEO, decoder_of
 from tests.tiny import VISION_END as END
 from tests.tiny import VISION_START as START
-from tests.tiny.base import OLD, merged, noise, pad_batch, patches, prompt
+from tests.tiny.base import merged, noise, pad_batch, patches, prompt
 from tokenprune import prune
 from tokenprune.cache import CACHE_NAME
 from tokenprune.errors import UnsupportedModelError
@@ -150,10 +161,25 @@ def test_a_batch_of_different_mixtures_equals_each_alone(name: str) -> None:
 # -- prefill in chunks
 
 
+CHUNKS_HOLD_MEDIA = "mm_encoder_outputs" in inspect.getsource(GenerationMixin._prefill)
 in_chunks = pytest.mark.skipif(
-    "mm_encoder_outputs" not in inspect.getsource(GenerationMixin),
+    not CHUNKS_HOLD_MEDIA,
     reason="this release of transformers loses media where it prefills in chunks",
 )
+
+
+@pytest.mark.skipif(CHUNKS_HOLD_MEDIA, reason="this release of transformers loses no media")
+@pytest.mark.parametrize("size", [7, 1000])
+@pytest.mark.parametrize("name", NAMES)
+def test_chunks_that_lose_media_are_refused(name: str, size: int) -> None:
+    one = model_of(name)
+    error = failure_of_chunks(one, size)
+    if error is not None:
+        assert_fails_alike(one, EVERYWHERE, size, error)
+        return
+    with prune(one.model, EVERYWHERE):
+        output = generate(one, prompt_of(one), prefill_chunk_size=size)
+    assert_close(logits_of(output), logits_of(pruned(name, EVERYWHERE).output))
 
 
 @in_chunks
@@ -193,7 +219,14 @@ def failure_of_chunks(one: tiny.Tiny, size: int) -> Exception | None:
     try:
         output = generate(one, prompt_of(one), prefill_chunk_size=size)
         assert_close(logits_of(output), logits_of(unpruned(one.name).output))
-    except (AssertionError, ValueError, TypeError, IndexError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        IndexError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         return error
     return None
 
@@ -227,6 +260,30 @@ def test_a_second_turn_may_be_read_in_chunks(name: str) -> None:
             output = generate(one, turn, **{CACHE_NAME: first.past_key_values}, **settings)
         found.append(logits_of(output))
     assert_close(found[1], found[0])
+
+
+# -- beams
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_media_that_would_go_to_the_wrong_beams_are_refused(name: str) -> None:
+    one = model_of(name)
+    error = failure_of_beams(name, "alone")
+    if RELEASE >= NEWEST:
+        assert (error is not None) == (name in (*TORN_BY_BEAMS, *NO_BEAMS)), error
+    before = snapshot(one.model)
+    for settings in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}):
+        with prune(one.model, EVERYWHERE) as report:
+            if error is None:
+                generate(one, prompt_of(one), **settings)
+            elif isinstance(error, AssertionError):
+                with pytest.raises(UnsupportedModelError, match="to the wrong ones of 1 rows"):
+                    generate(one, prompt_of(one), **settings)
+            else:
+                with pytest.raises((type(error), UnsupportedModelError)):
+                    generate(one, prompt_of(one), **settings)
+        assert len(report.calls) == (error is None), "refused before any work"
+    assert snapshot(one.model) == before
 
 
 # -- compiled, offloaded, drafted

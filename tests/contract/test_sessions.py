@@ -17,6 +17,7 @@ from tests.contract.harness import codes_of, generate, logits_of
 from tests.contract.memory import Watch
 from tests.contract.oracle import assert_close, dense_logits, positions_logged, read_decisions
 from tests.contract.snapshot import snapshot
+from tests.releases import OLD
 from tests.tiny import Tiny, decoder_of
 from tokenprune import Session
 from tokenprune.errors import UnsupportedModelError
@@ -294,6 +295,28 @@ def test_processors_that_need_the_whole_video_are_refused(
     session = Session(loaded.model, loaded.processor, "none", group=4)
     with pytest.raises(UnsupportedModelError, match="writes groups of frames otherwise"):
         session.watch(files.silent, frames=FRAMES)
+
+
+def test_positions_that_depend_on_what_follows_are_refused(
+    watched: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = watched("qwen3_vl")
+    model: Any = run.loaded.model
+    prepare = model._prepare_position_ids_for_generation
+
+    def by_length(ids: Tensor, known: dict[str, Any]) -> Tensor:
+        return prepare(ids, known) + ids.shape[1]
+
+    monkeypatch.setattr(model, "_prepare_position_ids_for_generation", by_length)
+    with pytest.raises(UnsupportedModelError, match="depend on how many follow"):
+        run.session()
+
+
+@pytest.mark.skipif(not OLD, reason="this release of transformers places frames one by one")
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_vl"])
+def test_releases_that_place_frames_by_the_whole_clip_are_refused(name: str, watched: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match="depend on how many follow"):
+        watched(name).session()
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])

@@ -13,12 +13,12 @@ import pkgutil
 
 import pytest
 
+from tests.releases import UNUSABLE
 from tests.tiny.base import (
     AUDIO,
     AUDIO_END,
     AUDIO_START,
     IMAGE,
-    OLD,
     PAD,
     PINPOINTS,
     VIDEO,
@@ -38,10 +38,8 @@ __all__ = [
     "FAMILIES",
     "IMAGE",
     "NAMES",
-    "OLD",
     "PAD",
     "PINPOINTS",
-    "UNUSABLE",
     "VARIANTS",
     "VIDEO",
     "VISION_END",
@@ -69,12 +67,6 @@ def _gather(attribute: str) -> dict[str, Builder]:
 FAMILIES = _gather("FAMILIES")
 VARIANTS = _gather("VARIANTS")
 NAMES = sorted({**FAMILIES, **VARIANTS})
-
-UNUSABLE: dict[str, str] = {}
-"""Families that the release of transformers at hand cannot build, or whose prompts: why."""
-if OLD:
-    UNUSABLE["aya_vision"] = "transformers refuses its own default for use_cache of Cohere 2"
-    UNUSABLE["granite_speech"] = "transformers takes one sound a prompt, and these hold two"
 
 
 def build(name: str, *, attention: str = "sdpa") -> Tiny:

@@ -8,12 +8,8 @@ from typing import Any
 
 import torch
 import transformers
-from packaging.version import Version
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
-
-OLD = Version(transformers.__version__) < Version("5.10")
-"""Whether the release of transformers at hand is one of those with quirks of their own."""
 
 VOCABULARY = 200
 PAD = 0

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import transformers
 
+from tests.releases import OLD
 from tests.tiny.base import (
     IMAGE,
-    OLD,
     VIDEO,
     VISION_END,
     VISION_START,
