@@ -28,7 +28,6 @@ from tokenprune.errors import (
     TokenPruneError,
     UnsupportedModelError,
 )
-from tokenprune.layout import MODALITIES
 from tokenprune.media import SizeRule, Video, probe, read_audio, read_video
 from tokenprune.media.files import check_file
 from tokenprune.models import built_in_models
@@ -88,8 +87,7 @@ class LoadedModel:
         A family without video takes the frames as images.
 
         Raises:
-            TokenPruneError: The question is empty or holds a placeholder, or the processor has no
-                chat template.
+            TokenPruneError: The question is empty, or the processor has no chat template.
         """
         return {
             name: self._place(value) if isinstance(value, Tensor) else value
@@ -114,7 +112,6 @@ class LoadedModel:
             TokenPruneError: As `encode`.
         """
         check_question(question)
-        self._check_words(question)
         if media.audio is not None and not _takes_audio(self.processor):
             return self._tell(media.audio, question)
         arguments, parts = self._media_arguments(media)
@@ -122,15 +119,6 @@ class LoadedModel:
         inputs = dict(_process(self.processor, text=[text], **arguments))
         # The processor puts sound between frames, and the model must be told that it did.
         return inputs | ({"use_audio_in_video": True} if self._joins(media) else {})
-
-    def _check_words(self, question: str) -> None:
-        for kind in MODALITIES:
-            token = getattr(self.processor, f"{kind}_token", None)
-            if token and str(token) in question:
-                raise TokenPruneError(
-                    f"a question cannot hold {token!r}, which stands for {kind} tokens in a "
-                    "prompt; ask in words"
-                )
 
     def prompt(self, parts: list[dict[str, str]], question: str) -> str:
         """A question in the model's own words of a chat, with a placeholder for each part.
@@ -201,6 +189,9 @@ class LoadedModel:
             `[F, 3, H, W]` uint8; the tiles of an image of which the model sees nothing else, see
             `columns`.
         """
+        if self.columns(media) is not None:
+            tiles: Tensor = self.processor.image_processor.tiles(media.frames[0])
+            return tiles
         watched = media.video is not None and self.watches
         name = "video_processor" if watched else "image_processor"
         part: Any = getattr(self.processor, name, None)
@@ -210,9 +201,6 @@ class LoadedModel:
             return media.frames
         edge = size.get("shortest_edge") if size else None
         if not edge or not crop:
-        if self.columns(media) is not None:
-            tiles: Tensor = self.processor.image_processor.tiles(media.frames[0])
-            return tiles
             return media.frames
         height, width = media.frames.shape[-2:]
         scale = min(height, width) / edge
@@ -222,6 +210,14 @@ class LoadedModel:
         )
         top, left = (height - rows) // 2, (width - columns) // 2
         return media.frames[..., top : top + rows, left : left + columns]
+
+    def columns(self, media: Media) -> int | None:
+        """How many tiles lie side by side, of an image that the model sees in tiles alone."""
+        part: Any = getattr(self.processor, "image_processor", None)
+        if media.video is not None or not len(media.frames) or not hasattr(part, "columns"):
+            return None
+        columns: int = part.columns(*media.frames.shape[-2:])
+        return columns
 
     def _media_arguments(self, media: Media) -> tuple[dict[str, Any], list[dict[str, str]]]:
         """What the processor is called with, and the chat's parts."""
@@ -235,14 +231,6 @@ class LoadedModel:
                 "audio": [_audible(media.audio).numpy()],
                 "audio_from_video_indices": [0],
                 "load_audio_from_video": True,
-    def columns(self, media: Media) -> int | None:
-        """How many tiles lie side by side, of an image that the model sees in tiles alone."""
-        part: Any = getattr(self.processor, "image_processor", None)
-        if media.video is not None or not len(media.frames) or not hasattr(part, "columns"):
-            return None
-        columns: int = part.columns(*media.frames.shape[-2:])
-        return columns
-
                 "truncation": False,  # or the track would end with the processor's longest sound
             }
             return arguments, parts
@@ -254,7 +242,7 @@ class LoadedModel:
         if media.video is not None and self.watches:
             metadata = media.video.metadata
             arguments = {
-                "videos": [[_whole_patches(self.processor, media.frames)]],  # a list a text
+                "videos": [_whole_patches(self.processor, media.frames)],
                 "video_metadata": [metadata],
                 "do_sample_frames": False,
                 "fps": metadata.sampled_fps,  # Qwen-Omni looks only here for the time of a frame
@@ -429,6 +417,12 @@ def _served_config(config: Any, name: str) -> Any:
     )
 
 
+def _served_processor(path: str, config: Any) -> Any:
+    """The processor of a checkpoint whose config an adapter serves."""
+    processor = transformers.AutoProcessor.from_pretrained(path)
+    return list_models()[config.model_type].mend_processor(processor)
+
+
 def _cannot_load(name: str, why: str) -> TokenPruneError:
     built_in = ", ".join(built_in_models()) or "none"
     return TokenPruneError(
@@ -441,12 +435,6 @@ def read_media(
     path: str | Path,
     loaded: LoadedModel,
     *,
-def _served_processor(path: str, config: Any) -> Any:
-    """The processor of a checkpoint whose config an adapter serves."""
-    processor = transformers.AutoProcessor.from_pretrained(path)
-    return list_models()[config.model_type].mend_processor(processor)
-
-
     frames: int | None = None,
     fps: float | None = None,
     sound: bool = True,
@@ -584,7 +572,7 @@ def _process_shape(processor: Any, frames: Tensor) -> Any:
     metadata = VideoMetadata(
         total_num_frames=len(frames), fps=1.0, frames_indices=list(range(len(frames)))
     )
-    arguments = {"videos": [[frames]], "video_metadata": [metadata], "do_sample_frames": False}
+    arguments = {"videos": [frames], "video_metadata": [metadata], "do_sample_frames": False}
     if getattr(processor.video_processor, "do_center_crop", None):
         # What is cropped away must be decoded, or the crop would find the picture too small.
         arguments["do_center_crop"] = False
@@ -593,7 +581,7 @@ def _process_shape(processor: Any, frames: Tensor) -> Any:
         arguments["use_token_compression"] = False
     try:
         return _process(processor, text=[processor.video_token], **arguments)
-    except (RuntimeError, TypeError):  # some read pixels to count the placeholders
+    except RuntimeError:  # some read pixels to count the placeholders
         return _process(processor.video_processor, **arguments)
 
 
@@ -613,13 +601,8 @@ def _process(processor: Any, **inputs: Any) -> Any:
     Raises:
         MediaError: It refuses the media.
     """
-    inputs["return_tensors"] = "pt"
-    takes = inspect.signature(processor.__call__).parameters
-    if not any(one.kind is one.VAR_KEYWORD for one in takes.values()):
-        # Older ones know nothing of a clip's metadata.
-        inputs = {name: value for name, value in inputs.items() if name in takes}
     try:
-        return processor(**inputs)
+        return processor(**inputs, return_tensors="pt")
     except ValueError as error:
         raise MediaError(
             f"the model's processor refuses the file: {_first_line(error)}; give another file, or "
