@@ -133,7 +133,7 @@ def test_a_video_s_layout_follows_its_frames(name: str, checkpoint: Checkpoint) 
         total_num_frames=80, fps=40.0, frames_indices=list(range(0, 80, 10))
     )
     inputs = ask(
-        processor, "video", videos=[frames], video_metadata=[metadata], do_sample_frames=False
+        processor, "video", videos=[[frames]], video_metadata=[metadata], do_sample_frames=False
     )
     layout, levels = look(tiny, inputs)
     merged = name.startswith(("qwen", "glm"))  # two frames are one

@@ -28,6 +28,7 @@ from tokenprune.errors import (
     TokenPruneError,
     UnsupportedModelError,
 )
+from tokenprune.layout import MODALITIES
 from tokenprune.media import SizeRule, Video, probe, read_audio, read_video
 from tokenprune.media.files import check_file
 from tokenprune.models import built_in_models
@@ -68,6 +69,14 @@ class Media:
     sized: bool = False
 
 
+_JOIN: dict[str, Any] = (
+    {"audio_from_video_indices": [0], "load_audio_from_video": True}
+    if hasattr(transformers.processing_utils, "OmniModalProcessorMixin")
+    else {"use_audio_in_video": True}  # in older releases of transformers
+)
+"""What tells a processor that the sound is that of the video."""
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model, its processor, and the name it was loaded by."""
@@ -87,7 +96,8 @@ class LoadedModel:
         A family without video takes the frames as images.
 
         Raises:
-            TokenPruneError: The question is empty, or the processor has no chat template.
+            TokenPruneError: The question is empty or holds a placeholder, or the processor has no
+                chat template.
         """
         return {
             name: self._place(value) if isinstance(value, Tensor) else value
@@ -112,6 +122,7 @@ class LoadedModel:
             TokenPruneError: As `encode`.
         """
         check_question(question)
+        self._check_words(question)
         if media.audio is not None and not _takes_audio(self.processor):
             return self._tell(media.audio, question)
         arguments, parts = self._media_arguments(media)
@@ -119,6 +130,15 @@ class LoadedModel:
         inputs = dict(_process(self.processor, text=[text], **arguments))
         # The processor puts sound between frames, and the model must be told that it did.
         return inputs | ({"use_audio_in_video": True} if self._joins(media) else {})
+
+    def _check_words(self, question: str) -> None:
+        for kind in MODALITIES:
+            token = getattr(self.processor, f"{kind}_token", None)
+            if token and str(token) in question:
+                raise TokenPruneError(
+                    f"a question cannot hold {token!r}, which stands for {kind} tokens in a "
+                    "prompt; ask in words"
+                )
 
     def prompt(self, parts: list[dict[str, str]], question: str) -> str:
         """A question in the model's own words of a chat, with a placeholder for each part.
@@ -229,11 +249,9 @@ class LoadedModel:
         if self._joins(media):
             arguments |= {
                 "audio": [_audible(media.audio).numpy()],
-                "audio_from_video_indices": [0],
-                "load_audio_from_video": True,
                 "truncation": False,  # or the track would end with the processor's longest sound
             }
-            return arguments, parts
+            return arguments | _JOIN, parts
         sounds = [one.numpy() for one in self._sounds(media.audio)]
         return arguments | {"audio": sounds}, [*parts, *[{"type": "audio"}] * len(sounds)]
 
@@ -242,7 +260,7 @@ class LoadedModel:
         if media.video is not None and self.watches:
             metadata = media.video.metadata
             arguments = {
-                "videos": [_whole_patches(self.processor, media.frames)],
+                "videos": [[_whole_patches(self.processor, media.frames)]],  # a list a text
                 "video_metadata": [metadata],
                 "do_sample_frames": False,
                 "fps": metadata.sampled_fps,  # Qwen-Omni looks only here for the time of a frame
@@ -270,7 +288,10 @@ class LoadedModel:
 
     def _longest_sound(self) -> int | None:
         """Samples beyond which the processor would cut a sound off; None if it does not."""
-        own = getattr(self.processor, "audio_kwargs", {})  # settings of its class
+        own = getattr(self.processor, "audio_kwargs", None)  # settings of its class
+        if own is None:  # where older releases of transformers have them
+            kinds = getattr(self.processor, "valid_processor_kwargs", None)
+            own = getattr(kinds, "_defaults", {}).get("audio_kwargs", {})
         if hasattr(self.processor, "max_audio_len") or not own.get("truncation", True):
             return None
         extractor = getattr(self.processor, "feature_extractor", None)
@@ -572,7 +593,7 @@ def _process_shape(processor: Any, frames: Tensor) -> Any:
     metadata = VideoMetadata(
         total_num_frames=len(frames), fps=1.0, frames_indices=list(range(len(frames)))
     )
-    arguments = {"videos": [frames], "video_metadata": [metadata], "do_sample_frames": False}
+    arguments = {"videos": [[frames]], "video_metadata": [metadata], "do_sample_frames": False}
     if getattr(processor.video_processor, "do_center_crop", None):
         # What is cropped away must be decoded, or the crop would find the picture too small.
         arguments["do_center_crop"] = False
@@ -581,7 +602,7 @@ def _process_shape(processor: Any, frames: Tensor) -> Any:
         arguments["use_token_compression"] = False
     try:
         return _process(processor, text=[processor.video_token], **arguments)
-    except RuntimeError:  # some read pixels to count the placeholders
+    except (RuntimeError, TypeError):  # some read pixels to count the placeholders
         return _process(processor.video_processor, **arguments)
 
 
@@ -601,8 +622,13 @@ def _process(processor: Any, **inputs: Any) -> Any:
     Raises:
         MediaError: It refuses the media.
     """
+    inputs["return_tensors"] = "pt"
+    takes = inspect.signature(processor.__call__).parameters
+    if not any(one.kind is one.VAR_KEYWORD for one in takes.values()):
+        # Older ones know nothing of a clip's metadata.
+        inputs = {name: value for name, value in inputs.items() if name in takes}
     try:
-        return processor(**inputs, return_tensors="pt")
+        return processor(**inputs)
     except ValueError as error:
         raise MediaError(
             f"the model's processor refuses the file: {_first_line(error)}; give another file, or "
