@@ -24,7 +24,7 @@ PATIENCE = 60.0  # seconds until a test that hangs fails
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint: Callable[[str], Path]) -> LoadedModel:
-    return load_model(str(checkpoint("qwen2_5_vl")), device="cpu")
+    return load_model(str(checkpoint("llava_onevision")), device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -321,7 +321,7 @@ class Adapter(ABC):
         for call in calls:
             call.items = self.items(call, prompt)
         if frame_seconds is not None:
-            self._date(calls, frame_seconds)
+            self._date(ids, calls, frame_seconds)
         for number, call in enumerate(calls):
             for place, item in enumerate(call.items):
                 queues[call.modality].append(_Queued(call.modality, number, place, item))
@@ -337,17 +337,20 @@ class Adapter(ABC):
                 rows[b] += taken
         return [self._layout(placed, offset) for placed in rows]
 
-    def _date(self, calls: list[MediaCall], clips: Sequence[Tensor]) -> None:
+    def _date(self, ids: Tensor, calls: list[MediaCall], clips: Sequence[Tensor]) -> None:
         """Give items the times of their frames where the model is not told."""
         kind = "video" if "video" in self.modalities else "image"
         shown = [call for call in calls if call.modality == kind]
         count = sum(len(call.items) for call in shown)
-        if count not in (0, len(clips)):
+        # Older releases of transformers encode clips once a beam, in adjacent rows.
+        repeats = count // len(clips) if clips else 0
+        beams = ids[::repeats].repeat_interleave(repeats, dim=0) if repeats > 1 else ids
+        if count != repeats * len(clips) or not torch.equal(beams, ids):
             raise MediaError(
                 f"frame_seconds has the times of {len(clips)} {kind}s, but the prompt has {count}; "
                 f"give one list for each {kind}, in the order of the prompt"
             )
-        given = iter(clips)
+        given = (clip for clip in clips for _ in range(repeats))
         for call in shown:
             call.items = [
                 self._dated(item, seconds) for item, seconds in zip(call.items, given, strict=False)
