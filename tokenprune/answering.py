@@ -167,16 +167,17 @@ def answer(
     began = time.perf_counter()
     inputs = loaded.encode(media, question)
     processed = time.perf_counter()
+    held = loaded.adapter.placeholders(inputs["input_ids"], inputs.get("mm_token_type_ids"))
+    if not any(map(torch.any, held.values())):
+        raise UnsupportedModelError(
+            f"the chat template of {loaded.name} wrote a prompt without a place for the file; "
+            "use a checkpoint whose template knows such files"
+        )
     length = inputs["input_ids"].shape[1]
     seen = loaded.frame_seconds(media.video)
     with torch.inference_mode(), prune(loaded.model, recipe, frame_seconds=seen) as report:
         output = loaded.model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
-        )
-    if not report.calls:
-        raise UnsupportedModelError(
-            f"the chat template of {loaded.name} wrote a prompt without a place for the file; "
-            "use a checkpoint whose template knows such files"
         )
     words = loaded.processor.batch_decode(output[:, length:], skip_special_tokens=True)[0]
     video = media.video
