@@ -19,6 +19,7 @@ from tokenprune.eval.mini.language import (
     build_bank,
     draw_batch,
     forward,
+    soften,
     thin,
 )
 from tokenprune.eval.mini.train import ARCHITECTURES, Name, load_bank, training_model
@@ -207,3 +208,15 @@ def test_pairs_are_looked_for_together_and_told() -> None:
             names = [TOKENS[name] for name in (*SHAPES, *COLORS)]
             best = answer[names].topk(2).indices.tolist()
             assert sorted(best) == [shape, len(SHAPES) + color]
+
+
+def test_softening_scales_the_scores_of_attention() -> None:
+    mini = ARCHITECTURES[Name.llava].fresh(0)
+    width = mini.decoder.config.hidden_size
+    state = torch.randn(width, generator=torch.Generator().manual_seed(0))
+    before = [layer.self_attn.q_proj(state).view(4, -1) for layer in mini.decoder.layers]
+    soften(mini)
+    after = [layer.self_attn.q_proj(state).view(4, -1) for layer in mini.decoder.layers]
+    factors = torch.full((4, 4, 1), 0.8)
+    factors[0, 2:] = 0.4  # the heads that look for a colour
+    torch.testing.assert_close(torch.stack(after), torch.stack(before) * factors)

@@ -97,7 +97,7 @@ class Optimizers:
             (torch.optim.AdamW(others, 1e-3, weight_decay=0.01, betas=(0.9, 0.98)), 1.5)
         ]
         if matrices:
-            rule = torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.01, momentum=0.95)
+            rule = torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.2, momentum=0.95)
             self.all.append((rule, 10.0))
         if extra is not None:
             tower = list(extra.parameters())

@@ -43,13 +43,27 @@ from tokenprune.eval.mini.world import (
     stream,
 )
 
-__all__ = ["Bank", "Batch", "FrameSource", "Tally", "build_bank", "draw_batch", "forward", "thin"]
+__all__ = [
+    "Bank",
+    "Batch",
+    "FrameSource",
+    "Tally",
+    "align_lateness",
+    "align_pairs",
+    "align_words",
+    "balancing",
+    "build_bank",
+    "draw_batch",
+    "forward",
+    "soften",
+    "thin",
+]
 
 BANK_STEPS = 8  # frames per clip
 TARGET_SPREAD = 0.4  # variance of thing features along each axis, beside embeddings of 0.08²
 QUIET = 1.0  # deviation of features in directions that tell nothing, before balancing
 # Of the loss; others 1. A video has one question about its last thing, but several of other kinds.
-LOSS_WEIGHTS = {"describe": 0.4, "last": 6.0, "count": 2.0, "exist": 2.0}
+LOSS_WEIGHTS = {"describe": 0.4, "last": 6.0, "count": 2.0, "exist": 5.0}
 # How often kinds of questions are drawn; others 1.
 WEIGHTS = {"color": 2, "after": 3, "before": 3, "count": 6, "shape": 2, "exist": 5, "last": 4}
 
@@ -268,6 +282,23 @@ def align_pairs(mini: Architecture, bank: Bank) -> None:
             projection.bias[: heads * size] = 0.0
 
 
+def soften(mini: Architecture) -> None:
+    """Make attention less sharp, most of all where the first layer looks for a colour.
+
+    Trained for long, a head looks at the one red thing that is loudest rather than at all of them,
+    and what it does not look at passes no gradient on: "was there a red star ?" fails if another
+    red thing is louder.
+    """
+    with torch.no_grad():
+        for number, layer in enumerate(mini.decoder.layers):
+            query = _heads(layer.self_attn)[0]
+            bias = layer.self_attn.q_proj.bias.unflatten(0, (-1, layer.self_attn.head_dim))
+            for head in range(len(query)):
+                factor = 0.4 if number == 0 and head >= len(query) // 2 else 0.8
+                query[head] *= factor
+                bias[head] *= factor
+
+
 def _directions(means: Tensor) -> tuple[Tensor, Tensor]:
     """How the features of each shape and of each colour differ from those of all, `[n, D]`."""
     middle = means.mean((0, 1))
@@ -400,7 +431,7 @@ class Batch:
     mask: Tensor  # [B, 1, Q, P + Q]
     positions: Tensor  # [1 or 3, B, P + Q]
     asked: list[list[tuple[Question, int, int]]]  # with start and end of the answer in `target`
-    order: Tensor  # [B, Q, 3] targets of ContextHeads, in the words of order questions
+    early: Tensor  # [B, Q, 4] targets of ContextHeads, in the last words of some questions
     context: Tensor | None = None  # [B, N, 3] targets of ContextHeads
 
 
@@ -408,37 +439,42 @@ class ContextHeads(nn.Module):
     """What a token that shows a thing can know of the scenes before: trained beside the answers.
 
     The thing of the scene before (shape and colour), and how often its own shape has come so
-    far. The words of a few kinds of questions learn the answer early, too. Dropped after training.
+    far. The words of a few kinds of questions learn the answer early, too: shape, colour, count,
+    yes or no. Dropped after training.
     """
 
-    classes = (len(SHAPES), len(COLORS), MAX_COUNT + 1)
+    context_classes = (len(SHAPES), len(COLORS), MAX_COUNT + 1)
+    early_classes = (*context_classes, 2)
     layers = (2, 3)
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(width, sum(self.classes)) for _ in self.layers)
-        self.order = nn.ModuleList(nn.Linear(width, sum(self.classes)) for _ in self.layers)
+        self.context = nn.ModuleList(
+            nn.Linear(width, sum(self.context_classes)) for _ in self.layers
+        )
+        # The second layer does not know yet what came before.
+        self.early = nn.Linear(width, sum(self.early_classes))
 
     def loss(self, hidden: Sequence[Tensor], batch: Batch) -> Tensor:
         """Mean cross entropy; `hidden[i]` is `[B, P + Q, D]` after layer i."""
         assert batch.context is not None
         total = torch.zeros(())
         n = batch.features.shape[1]
-        for layer, head, order in zip(self.layers, self.heads, self.order, strict=True):
+        for layer, head in zip(self.layers, self.context, strict=True):
             states = F.rms_norm(hidden[layer].float(), hidden[layer].shape[-1:])
-            total = total + self._loss(head(states[:, 2 : n + 2]), batch.context)
-            if layer > 2:  # the second layer does not know what came before
-                total = total + self._loss(order(states[:, -batch.text.shape[1] :]), batch.order)
-        return total
+            logits = head(states[:, 2 : n + 2])
+            total = total + self._loss(logits, batch.context, self.context_classes)
+        words = self.early(states[:, -batch.text.shape[1] :])
+        return total + self._loss(words, batch.early, self.early_classes)
 
-    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, targets: Tensor, classes: tuple[int, ...]) -> Tensor:
         total = torch.zeros(())
-        parts: Sequence[Tensor] = logits.split(self.classes, -1)  # type: ignore[no-untyped-call]
+        parts: Sequence[Tensor] = logits.split(classes, -1)  # type: ignore[no-untyped-call]
         for part, target in zip(parts, targets.unbind(-1), strict=True):
             asked = (target >= 0).sum().clamp(min=1)  # of a one-scene video, nothing
             each = F.cross_entropy(part.flatten(0, 1), target.flatten(), reduction="sum")
             total = total + each / asked
-        return total / len(self.classes)
+        return total / len(classes)
 
 
 def context_targets(story: Story, scenes: NDArray[np.int64], shows: Tensor) -> Tensor:
@@ -537,10 +573,10 @@ def _assemble(
     own = owner_ids[:, :, None] == owner_ids[:, None, :]
     own = own & torch.ones(longest, longest, dtype=torch.bool).tril()
     seen = torch.ones(len(rows), longest, prefix.shape[1], dtype=torch.bool)
-    order = torch.full((len(rows), longest, 3), -100)
+    early = torch.full((len(rows), longest, 4), -100)
     for row, span in enumerate(spans):
         for question, start, _ in span:
-            order[row, start - 2 : start + 1] = _early_target(question)
+            early[row, start - 2 : start + 1] = _early_target(question)
     return Batch(
         torch.stack(features),
         padded(0, 0).long(),
@@ -549,13 +585,13 @@ def _assemble(
         torch.cat([seen, own], 2)[:, None],
         torch.cat([prefix[:, None].expand(-1, len(rows), -1), text_positions], 2),
         spans,
-        order,
+        early,
     )
 
 
 def _early_target(question: Question) -> Tensor:
-    """What the last words of a question are to know early: shape, colour and count, `[3]`."""
-    target = torch.full((3,), -100)
+    """What a question's last words are to know early: shape, colour, count, existence, `[4]`."""
+    target = torch.full((4,), -100)
     if question.kind in ("after", "before"):
         color, shape = question.answer.split()
         target[:2] = torch.tensor((SHAPES.index(shape), COLORS.index(color)))
@@ -563,6 +599,8 @@ def _early_target(question: Question) -> Tensor:
         target[0] = SHAPES.index(question.answer)
     elif question.kind == "count":
         target[2] = NUMBERS.index(question.answer)
+    elif question.kind == "exist":
+        target[3] = question.answer == "yes"
     return target
 
 

@@ -28,6 +28,7 @@ from tokenprune.eval.mini.language import (
     align_words,
     balancing,
     build_bank,
+    soften,
 )
 from tokenprune.eval.mini.llava import Llava
 from tokenprune.eval.mini.model import Qwen
@@ -130,6 +131,10 @@ def language(
     pairs: Annotated[
         bool, typer.Option(help="Give pairs their heads with --start, too: `llava` did.")
     ] = False,
+    softened: Annotated[
+        bool, typer.Option("--soften", help="Take sharpness from attention with --start.")
+    ] = False,
+    peak: Annotated[float, typer.Option(help="The highest learning rate.")] = 1.2e-3,
 ) -> None:
     """Train the language model on the bank, short videos first."""
     set_up(run, threads)
@@ -141,12 +146,15 @@ def language(
         align_lateness(mini, bank, seed)
     if mini.text_follows and (start is None or pairs):
         align_pairs(mini, bank)
+    if softened and start is not None:
+        soften(mini)
     train_language(
         mini,
         bank,
         minutes=minutes,
         seed=seed,
         checkpoint=run / "language.pt",
+        peak=peak,
     )
 
 
