@@ -1,9 +1,11 @@
 """What goes wrong must leave no trace: cases made up by chance, threads, and many runs in a row.
 
-A case draws a family, a recipe, prompts and an attention kernel, something that fails on the way,
-and at times a use that is not supported. Whatever happens, the model is as before and answers as
-before, pruned and unpruned, and what it answers under the recipe is what the oracle says; or there
-is one clear error.
+A case draws a family, a recipe, prompts and an attention kernel, something that fails on the way
+(in a stage, in the model, in the engine's own hooks, or while they are installed), and at times a
+use that is not supported. Whatever happens, the model is as before and answers as before, pruned
+and unpruned, and what it answers under the recipe is what the oracle says; or there is one clear
+error. Sessions are drawn too: what failed in one may be tried again, and then it is as if nothing
+had.
 
 `make test` draws fresh cases. A failure names its seed, and `TOKENPRUNE_SEED=... pytest
 tests/test_reliability.py` runs that case alone.
@@ -11,6 +13,7 @@ tests/test_reliability.py` runs that case alone.
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import random
@@ -44,7 +47,7 @@ from tests.contract.oracle import assert_close, dense_logits, positions_logged
 from tests.contract.snapshot import snapshot
 from tests.contract.test_contracts import foreign, repeated, static
 from tests.tiny import Tiny, decoder_of, pad_batch
-from tokenprune import Session, prune
+from tokenprune import Session, engine, prune
 from tokenprune.adapter import Adapter, adapter_for
 from tokenprune.cache import CACHE_NAME, PrunedLayer
 from tokenprune.engine import Patch
@@ -66,6 +69,10 @@ FAILURES = (Stop, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError)
 USES = ("generate", "a static cache", "a cache of others", "embeddings", "two patches")
 """How the model is used; all but the first are refused."""
 PLACES = ("nowhere", "stage", "layer", "attention", "encoder", "layout", "cache", "streamer")
+PLACES += ("hook", "installing")
+HOOKS = ("_on_prompt", "_before_lm", "_after_lm", "_before_layer", "_after_layer")
+HOOKS += ("_attention", "_mask", "_finish_prefill", "_slice")
+"""What the engine hooks into a model, and what its hooks call."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,7 @@ class Fuse:
 
 
 def guarded(function: Callable[..., Any], fuse: Fuse) -> Callable[..., Any]:
+    @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         fuse()
         return function(*args, **kwargs)
@@ -172,31 +180,49 @@ def guarded(function: Callable[..., Any], fuse: Fuse) -> Callable[..., Any]:
 def broken(case: Case, fuse: Fuse, patch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Within, the case's place fails; gives further settings for `generate`."""
     chance = random.Random(f"{case.seed} what fails")
-    model = case.one.model
+    with failing(case.place, case.one.model, case.recipe, chance, fuse, patch):
+        alone = len(case.inputs["input_ids"]) == 1
+        yield {"streamer": fuse} if case.place == "streamer" and alone else {}
+
+
+@contextmanager
+def failing(
+    place: str,
+    model: Any,
+    recipe: str,
+    chance: random.Random,
+    fuse: Fuse,
+    patch: pytest.MonkeyPatch,
+) -> Iterator[None]:
     adapter = adapter_for(model)
     layers = decoder_of(model).layers
     with ExitStack() as stack, patch.context() as patched:
-        if case.place == "stage":
-            stages = Recipe(case.recipe).stages(adapter.shape)
+        if place == "stage":
+            stages = Recipe(recipe).stages(adapter.shape)
             if stages:
                 kind = type(chance.choice(stages))
                 method = "importance" if issubclass(kind, EncoderStage) else "select"
                 patched.setattr(kind, method, guarded(getattr(kind, method), fuse))
-        elif case.place in ("layer", "attention"):
+        elif place in ("layer", "attention"):
             module = chance.choice(list(layers))
-            module = module if case.place == "layer" else module.self_attn
+            module = module if place == "layer" else module.self_attn
             before = chance.random() < 0.5
             add = module.register_forward_pre_hook if before else module.register_forward_hook
             stack.callback(add(fuse).remove)
-        elif case.place == "encoder":
+        elif place == "encoder":
             stack.callback(chance.choice(towers(adapter)).register_forward_hook(fuse).remove)
-        elif case.place == "layout":
+        elif place == "layout":
             patched.setattr(Adapter, "layouts", guarded(Adapter.layouts, fuse))
-        elif case.place == "cache":
+        elif place == "cache":
             method = chance.choice(["update", "select"])
             patched.setattr(PrunedLayer, method, guarded(getattr(PrunedLayer, method), fuse))
-        alone = len(case.inputs["input_ids"]) == 1
-        yield {"streamer": fuse} if case.place == "streamer" and alone else {}
+        elif place == "hook":
+            method = chance.choice(HOOKS)
+            patched.setattr(Patch, method, guarded(getattr(Patch, method), fuse))
+        elif place == "installing":
+            step = chance.choice(["_hook", "_shadow", "_switch_attention"])
+            patched.setattr(engine, step, guarded(getattr(engine, step), fuse))
+        yield
 
 
 def towers(adapter: Adapter) -> list[nn.Module]:
@@ -245,16 +271,16 @@ def run(case: Case, patch: pytest.MonkeyPatch) -> bool:
     return fuse.blown
 
 
-def seeds() -> list[Any]:
+def seeds(fresh: int, fixed: int) -> list[Any]:
     """Fresh ones for the short suite, or the one asked for; then those that are always the same."""
     asked = os.environ.get("TOKENPRUNE_SEED")
     if asked is not None:
         return [int(asked)]
-    fresh = [random.SystemRandom().randrange(10**6, 10**9) for _ in range(FRESH)]
-    return fresh + [pytest.param(seed, marks=pytest.mark.full) for seed in range(FIXED)]
+    drawn = [random.SystemRandom().randrange(10**6, 10**9) for _ in range(fresh)]
+    return drawn + [pytest.param(seed, marks=pytest.mark.full) for seed in range(fixed)]
 
 
-@pytest.mark.parametrize("seed", seeds())
+@pytest.mark.parametrize("seed", seeds(FRESH, FIXED))
 def test_a_case_made_up_by_chance(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = draw(seed)
     try:
@@ -280,6 +306,85 @@ def test_cases_fail_where_they_are_to(place: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("use", USES[1:])
 def test_uses_are_refused_as_they_are_to(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run(replace(draw(3000), use=use, place="nowhere"), monkeypatch)
+
+
+# -- sessions
+
+SESSIONS = ("gemma3", "llava_next", "llava_onevision", "qwen3_vl")
+
+
+@pytest.mark.parametrize("seed", seeds(12, 100))
+def test_a_session_goes_on_after_a_failure(
+    seed: int, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What failed is tried again; answers are those of a session in which nothing did."""
+    chance = random.Random(f"{seed} session")
+    name, place = chance.choice(SESSIONS), chance.choice(PLACES[1:])
+    steps = [step for step in drawn(seed)[1].split(" + ") if not step.startswith("plphp")]
+    recipe, after = " + ".join(steps) or "none", chance.choice([0, 0, 1, 3, 7, 15])
+    fuse = Fuse(after, chance.choice(FAILURES))
+    try:
+        session_goes_on(checkpoint(name), recipe, place, chance, fuse, monkeypatch)
+    except BaseException as error:
+        error.add_note(
+            f"TOKENPRUNE_SEED={seed}: {name}, {recipe}, {fuse.failure.__name__} in {place}"
+        )
+        raise
+
+
+def test_sessions_fail_where_they_are_to(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the test above would say little."""
+    recipe = "uniform(keep=0.5) + random(keep=0.5 at=2) + random(keep=0.5 at=cache)"
+    for place in PLACES[1:]:
+        fuse = Fuse(0, Stop)
+        folder, chance = checkpoint("llava_onevision"), random.Random(place)
+        assert session_goes_on(folder, recipe, place, chance, fuse, monkeypatch), place
+
+
+def session_goes_on(
+    folder: Path,
+    recipe: str,
+    place: str,
+    chance: random.Random,
+    fuse: Fuse,
+    patch: pytest.MonkeyPatch,
+) -> bool:
+    """Returns whether something failed."""
+    loaded = load_model(str(folder), device="cpu")
+    clip = torch.randint(0, 256, (7, 3, 56, 56), dtype=torch.uint8)
+
+    def story(streamer: Any) -> Iterator[Callable[[], Any]]:
+        session = Session(loaded.model, loaded.processor, recipe, group=4)
+        ask = partial(session.generate, max_new_tokens=STEPS, do_sample=False, streamer=streamer)
+        yield partial(session.watch, clip[:4], fps=2.0)
+        yield partial(ask, "what?")
+        yield partial(session.watch, clip[4:])  # waits for more frames, or for a question
+        yield partial(ask, "who is it?")
+        yield partial(ask, "what?")
+        yield lambda: session.media_tokens
+
+    expected = [act() for act in story(None)]
+    before = snapshot(loaded.model)
+    found, failures = [], 0
+    with failing(place, loaded.model, recipe, chance, fuse, patch):
+        inside = snapshot(loaded.model)  # with the hook that is to fail
+        for act in story(fuse if place == "streamer" else None):
+            try:
+                found.append(act())
+            except FAILURES as error:
+                assert fuse.blown and str(error) == "made up by chance"
+                assert snapshot(loaded.model) == inside
+                failures += 1
+                found.append(act())
+    assert snapshot(loaded.model) == before
+    for one, other in zip(found, expected, strict=True):
+        if isinstance(one, Tensor):
+            assert torch.equal(one, other)
+        elif isinstance(one, dict):
+            assert one == other
+    return failures == 1
 
 
 # -- threads
