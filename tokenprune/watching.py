@@ -200,11 +200,11 @@ class Watcher:
         self.script, self.size, self.sized, self.pace = script, (height, width), sized, pace
 
     def check_positions(self, script: Script) -> None:
-        """Check that frames stay where they are when others follow them.
+        """Check that frames stay where they are when others follow them, and a question behind.
 
         Raises:
             UnsupportedModelError: They do not: an older release of transformers places the frames
-                of a clip by the size of the whole.
+                of a clip by the size of the whole, or a question as if nothing were before it.
         """
         once, twice = script.black()
         stay = len(once) - script.closing
@@ -214,6 +214,15 @@ class Watcher:
                 f"transformers {transformers.__version__} gives the frames of {self._loaded.name} "
                 "positions that depend on how many follow, so they cannot be watched one by one; "
                 "install a newer release, or ask about the file at once"
+            )
+        model: Any = self._loaded.model
+        ids = once.ids
+        given = {"attention_mask": torch.ones_like(ids), "position_ids": early[..., : ids.shape[1]]}
+        if model.prepare_inputs_for_generation(ids, **given).get("position_ids") is None:
+            raise UnsupportedModelError(
+                f"transformers {transformers.__version__} does not let {self._loaded.name} be told "
+                "the positions of a question, so none can be asked about what was watched; install "
+                "a newer release, or ask about the file at once"
             )
 
     def _check_rate(self, fps: float) -> None:

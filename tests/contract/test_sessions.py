@@ -312,6 +312,21 @@ def test_positions_that_depend_on_what_follows_are_refused(
         run.session()
 
 
+def test_models_that_take_no_positions_are_refused(
+    watched: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = watched("llava_onevision")
+    model: Any = run.loaded.model
+    prepare = model.prepare_inputs_for_generation
+
+    def without(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {**prepare(*args, **kwargs), "position_ids": None}
+
+    monkeypatch.setattr(model, "prepare_inputs_for_generation", without)
+    with pytest.raises(UnsupportedModelError, match="be told the positions of a question"):
+        run.session()
+
+
 @pytest.mark.skipif(not OLD, reason="this release of transformers places frames one by one")
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_vl"])
 def test_releases_that_place_frames_by_the_whole_clip_are_refused(name: str, watched: Any) -> None:
