@@ -69,7 +69,8 @@ class Prompt:
         for path, modality in encoders.items():
             below, _, name = path.rpartition(".")
             encode = getattr(adapter.base_model.get_submodule(below), name)
-            names = list(inspect.signature(encode).parameters)
+            # Older releases of transformers do not name the sizes.
+            names = [*inspect.signature(encode).parameters, f"{modality}_sizes"]
             for kind in [modality, *alone]:
                 given = {name: _given(name, inputs, kind) for name in names}
                 arguments = {name: value for name, value in given.items() if value is not None}
