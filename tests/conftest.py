@@ -17,7 +17,7 @@ import torch
 import transformers
 from PIL import Image
 
-from tests.releases import quirk
+from tests.releases import WARNINGS, quirk
 
 # Tiny tensors gain nothing from threads, and lose much where cores are shared.
 torch.set_num_threads(1)
@@ -26,6 +26,12 @@ torch.set_num_threads(1)
 def pytest_report_header() -> str:
     """What the tests are run with: they hold over a range of releases."""
     return f"torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pass what older releases of transformers warn of themselves."""
+    for warning in WARNINGS:
+        config.addinivalue_line("filterwarnings", warning)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.checkpoints import HEARING, SEEING, WATCHING
+from tests.tiny import decoder_of
 from tokenprune import prune
 from tokenprune.layout import AUDIO, VIDEO
 from tokenprune.loading import LoadedModel, Media, frame_size, load_model
@@ -140,7 +141,7 @@ def test_sound_stands_between_the_frames_of_its_time(name, loaded):
     media = Media(clip.frames, video=clip, audio=torch.linspace(0, 1, 16000 * 36).sin())
     inputs = model.encode(media, "what?")
     positions = []
-    handle = model.model.get_decoder().register_forward_pre_hook(
+    handle = decoder_of(model.model).register_forward_pre_hook(
         lambda module, args, kwargs: positions.append(kwargs["position_ids"]), with_kwargs=True
     )
     with torch.no_grad(), prune(model.model) as report:

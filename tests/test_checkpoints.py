@@ -23,7 +23,7 @@ from tests.test_adapters import layouts, watching
 from tests.tiny.base import SPECIAL, Tiny
 from tokenprune.adapter import adapter_for, list_models
 from tokenprune.layout import AUDIO, TokenLayout
-from tokenprune.loading import LoadedModel, Media, auto_class
+from tokenprune.loading import LoadedModel, Media, _process, auto_class
 
 TILES_UNKNOWN = ("aya_vision", "internvl", "perception_lm")
 """Families whose models are not told how the tiles of an image lie."""
@@ -61,7 +61,7 @@ def load(folder: Path) -> tuple[Tiny, Any]:
 
 def ask(processor: Any, kind: str, **media: Any) -> dict[str, Any]:
     text = LoadedModel(None, processor, "tiny").prompt([{"type": kind}], "What is it?")
-    return dict(processor(text=[text], return_tensors="pt", **media))
+    return dict(_process(processor, text=[text], **media))
 
 
 def look(tiny: Tiny, inputs: dict[str, Any]) -> tuple[TokenLayout, Tensor]:

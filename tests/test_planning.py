@@ -14,7 +14,7 @@ from tests.checkpoints import CHECKPOINTS, HEARING, SEEING
 from tests.contract.cases import drawn, refusal
 from tests.contract.harness import model_of
 from tests.contract.test_sessions import NO_CHAT, REFUSED
-from tests.tiny import NAMES, build
+from tests.tiny import NAMES, build, decoder_of
 from tokenprune import Recipe, prune
 from tokenprune.adapter import adapter_for
 from tokenprune.errors import MediaError, RecipeError, TokenPruneError, UnsupportedModelError
@@ -334,7 +334,7 @@ def test_operations_are_those_that_torch_counts(name: str) -> None:
 
 def windows_of(model: PreTrainedModel) -> list[int | None]:
     """The sliding window of each layer, as the attention modules have it."""
-    layers = model.get_decoder().layers
+    layers = decoder_of(model).layers
     return [getattr(layer.self_attn, "sliding_window", None) for layer in layers]
 
 

@@ -574,17 +574,21 @@ def test_assisted_decoding_matches_the_oracle(name: str, recipe: str) -> None:
         taken_back.append(length - cache.get_seq_length())
 
     one = model_of(name)
-    inputs = one.inputs(2, 60)  # much text, so that guesses are made
-    steps = 24
-    with positions_logged(decoder_of(one.model)) as log:
-        generate(one, inputs, max_new_tokens=steps)
-    with prune(one.model, recipe) as report, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DynamicCache, "crop", watched)
-        guesses = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
-        guesses["eos_token_id"] = PAD  # older releases need one; it is suppressed
-        output = generate(one, inputs, max_new_tokens=steps, **guesses)
+    guesses = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
+    guesses["eos_token_id"] = PAD  # older releases need one; it is suppressed
+    for seed in range(2, 8):
+        taken_back.clear()
+        inputs = one.inputs(seed, 60)  # much text, so that guesses are made
+        with prune(one.model, recipe) as report, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DynamicCache, "crop", watched)
+            output = generate(one, inputs, max_new_tokens=24, **guesses)
+        if max(taken_back) > 0:
+            break
     assert max(taken_back) > 0, "no guess was wrong: nothing was cropped"
     read = output.sequences[:, :-1]
+    steps = len(output.logits)  # older releases go a step too far
+    with positions_logged(decoder_of(one.model)) as log:
+        generate(one, inputs, max_new_tokens=steps)
     replay = replay_of(one, recipe, report.calls, *read.shape)
     # The first guesses are part of the prefill. Those that were wrong are read again after it.
     start = report.calls[0].length - taken_back[0]
