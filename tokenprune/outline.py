@@ -14,6 +14,7 @@ from tokenprune.loading import LoadedModel, Media, frame_size, read_media
 from tokenprune.media import SizeRule, Timings, Video, index_video
 from tokenprune.media.sample import choose_ranks, resolve_size
 from tokenprune.streaming import Group, Pace, Script, Tokens
+from tokenprune.watching import Watcher
 
 __all__ = ["outline_media", "prompt_of", "prompts_in_groups"]
 
@@ -34,14 +35,22 @@ def prompt_of(loaded: LoadedModel, media: Media, question: str) -> tuple[Prompt,
 
 def prompts_in_groups(
     loaded: LoadedModel,
+    watcher: Watcher,
     path: str | Path,
     question: str,
     *,
-    group: int,
     frames: int | None,
     fps: float | None,
 ) -> tuple[list[Prompt], int]:
     """What goes through the model, part by part, when a video is watched in groups and asked about.
+
+    Args:
+        loaded: The model.
+        watcher: Of the session that would watch it; it watches nothing here.
+        path: A video.
+        question: In words.
+        frames: As `Session.watch` takes it.
+        fps: As `Session.watch` takes it.
 
     Returns:
         The prompts, each of which continues the one before, the last of them the question; and the
@@ -58,8 +67,9 @@ def prompts_in_groups(
     height, width = video.frames.shape[-2:]
     script = Script(loaded, (height, width), rule is not None, pace)
     prompts = []
-    for first in range(0, len(video.frames), group):
-        here = slice(first, first + group)
+    watcher.check_positions(script)
+    for first in range(0, len(video.frames), watcher.group):
+        here = slice(first, first + watcher.group)
         part = Group.of(
             video.frames[here], video.indices[here], pace, seconds=video.pts_seconds[here]
         )

@@ -19,6 +19,7 @@ from tokenprune.recipe import Recipe
 from tokenprune.report import KVBytes, MediaTokens, total
 from tokenprune.session import Session, check_session
 from tokenprune.stage import EncoderStage, Stage
+from tokenprune.watching import Watcher
 
 __all__ = ["Plan", "PlannedStage", "PrefillFlops", "plan"]
 
@@ -151,8 +152,8 @@ def plan(
     Session(loaded.model, loaded.processor, chosen, group=group, name=loaded.name)  # or it refuses
     check_watchable(path, loaded, sound=sound)
     stages = _acting(loaded, chosen)
-    amount: dict[str, Any] = {"group": group, "frames": frames, "fps": fps}
-    prompts, count = prompts_in_groups(loaded, path, question, **amount)
+    watcher = Watcher(loaded, Patch(loaded.model, chosen, "original"), group)
+    prompts, count = prompts_in_groups(loaded, watcher, path, question, frames=frames, fps=fps)
     return _plan(loaded, chosen, stages, prompts, count)
 
 
