@@ -386,7 +386,11 @@ def auto_class(config: Any) -> Any:
     """The auto class of transformers that makes a model of this config which generates."""
     # Some models that hear are not on the list of multimodal ones; lists have no public names.
     heard = type(config) in transformers.AutoModelForSeq2SeqLM._model_mapping
-    return transformers.AutoModelForSeq2SeqLM if heard else transformers.AutoModelForMultimodalLM
+    found = transformers.AutoModelForSeq2SeqLM if heard else transformers.AutoModelForMultimodalLM
+    if type(config) not in found._model_mapping and config.architectures:
+        # Older releases of transformers list Qwen-Omni, but not its thinkers.
+        found.register(type(config), getattr(transformers, config.architectures[0]))
+    return found
 
 
 def _default_device() -> str:
