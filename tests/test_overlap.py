@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.releases import WATCHER
 from tokenprune import Session
 from tokenprune.answering import ask
 from tokenprune.errors import MediaError, MissingExtraError, RecipeError, TokenPruneError
@@ -29,7 +30,7 @@ RECIPE = "uniform(keep=0.5)"
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
-    return load_model(str(checkpoint("qwen2_5_vl")), device="cpu")
+    return load_model(str(checkpoint(WATCHER)), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +171,7 @@ def test_asking_in_groups_is_watching_and_asking(loaded, files):
 
 def test_ask_in_groups_from_the_command_line(command, checkpoint, files, tmp_path):
     picture = tmp_path / "when.png"
-    arguments = ["--model", checkpoint("qwen2_5_vl"), "--max-new-tokens", 2, "--group", 4]
+    arguments = ["--model", checkpoint(WATCHER), "--max-new-tokens", 2, "--group", 4]
     arguments += ["--frames", 7, "--compare", "--timeline", picture]
     ran = command("ask", files.video, "what?", *arguments, "--json")
 
@@ -188,7 +189,7 @@ def test_ask_in_groups_from_the_command_line(command, checkpoint, files, tmp_pat
 
 def test_watching_draws_its_timeline(command, checkpoint, files, tmp_path):
     picture, kept = tmp_path / "when.png", tmp_path / "kept.safetensors"
-    arguments = ["--save", kept, "--model", checkpoint("qwen2_5_vl"), "--timeline", picture]
+    arguments = ["--save", kept, "--model", checkpoint(WATCHER), "--timeline", picture]
     ran = command("watch", files.video, *arguments, "--json")
 
     assert ran.code == 0 and picture.exists()

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tokenprune
+from tests.releases import WATCHER
 from tokenprune import Session, prune
 from tokenprune.cache import CACHE_NAME
 from tokenprune.errors import MediaError, RecipeError, TokenPruneError, UnsupportedModelError
@@ -27,7 +28,7 @@ from tokenprune.storage import identity
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
-    return load_model(str(checkpoint("qwen2_5_vl")), device="cpu")
+    return load_model(str(checkpoint(WATCHER)), device="cpu")
 
 
 @pytest.fixture
@@ -78,8 +79,10 @@ def test_a_file_is_watched_group_by_group(session, files):
 
 def test_layouts_tell_the_whole_video(session, loaded, files):
     session.watch(files.video, frames=10)
-    inputs = loaded.encode(read_media(files.video, loaded, frames=10), "what?")
-    with torch.no_grad(), prune(loaded.model, "uniform(keep=0.5)") as report:
+    media = read_media(files.video, loaded, frames=10)
+    inputs, seconds = loaded.encode(media, "what?"), loaded.frame_seconds(media.video)
+    recipe = "uniform(keep=0.5)"
+    with torch.no_grad(), prune(loaded.model, recipe, frame_seconds=seconds) as report:
         loaded.model.generate(**inputs, max_new_tokens=1, do_sample=False)
     (whole,) = report.calls[0].layouts
     parts = [call.layouts[0] for call in session.report.calls]
@@ -357,31 +360,31 @@ def test_the_cache_in_a_file_is_as_small_as_what_is_kept(saved):
 
 def test_another_model_fails(saved, checkpoint):
     one = load_model(str(checkpoint("llava_onevision")), device="cpu")
-    with pytest.raises(TokenPruneError, match="of type qwen2_5_vl, but this one's is llava"):
+    with pytest.raises(TokenPruneError, match=f"of type {WATCHER}, but this one's is llava"):
         load(saved[0], one)
 
 
 def test_other_weights_fail(saved, checkpoint):
-    one = load_model(str(checkpoint("qwen2_5_vl")), device="cpu")
+    one = load_model(str(checkpoint(WATCHER)), device="cpu")
     load(saved[0], one)
     with torch.no_grad():
         one.model.get_decoder().layers[1].mlp.up_proj.weight.mul_(1.001)
-    with pytest.raises(TokenPruneError, match="a qwen2_5_vl with other weights; load the same"):
+    with pytest.raises(TokenPruneError, match=f"a {WATCHER} with other weights; load the same"):
         load(saved[0], one)
 
 
 def test_another_configuration_or_dtype_fails(saved, checkpoint):
-    one = load_model(str(checkpoint("qwen2_5_vl")), device="cpu")
+    one = load_model(str(checkpoint(WATCHER)), device="cpu")
     one.model.config.vision_config.tokens_per_second = 7
     with pytest.raises(TokenPruneError, match="of configuration"):
         load(saved[0], one)
-    half = load_model(str(checkpoint("qwen2_5_vl")), device="cpu", dtype=torch.bfloat16)
+    half = load_model(str(checkpoint(WATCHER)), device="cpu", dtype=torch.bfloat16)
     with pytest.raises(TokenPruneError, match="of dtype float32, but this one's is bfloat16"):
         load(saved[0], half)
 
 
 def test_another_processor_fails(saved, loaded, checkpoint):
-    other = load_model(str(checkpoint("qwen2_5_vl")), device="cpu").processor
+    other = load_model(str(checkpoint(WATCHER)), device="cpu").processor
     other.chat_template = "Answer in one word. " + other.chat_template
     with pytest.raises(TokenPruneError, match="a processor that writes prompts otherwise"):
         load(saved[0], replace(loaded, processor=other))
@@ -482,7 +485,7 @@ def test_the_mini_model_answers_in_another_process(tmp_path):
 
 def test_watch_and_ask(command, checkpoint, files, tmp_path):
     kept = tmp_path / "kept.safetensors"
-    model = ["--model", checkpoint("qwen2_5_vl")]
+    model = ["--model", checkpoint(WATCHER)]
     watched = command(
         *("watch", files.video, "--save", kept, *model, "--frames", 6, "--group", 4, "--json")
     )
@@ -494,7 +497,7 @@ def test_watch_and_ask(command, checkpoint, files, tmp_path):
     assert found["recipe"] == answer["recipe"] == "vflowopt(keep=0.25)"
     assert [group["frames"] for group in found["groups"]] == [4, 2]
     assert found["media_tokens"] == answer["media_tokens"]
-    assert (answer["frames"], answer["model"]) == (6, str(checkpoint("qwen2_5_vl")))
+    assert (answer["frames"], answer["model"]) == (6, str(checkpoint(WATCHER)))
     assert answer["answer"] in table.out and "media tokens" in table.out
     assert str(kept) in watched.err
     summary = command("watch", files.video, "--save", kept, *model, "--fps", 5, "--recipe", "none")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from tests.contract.snapshot import snapshot
 from tests.tiny import FAMILIES, build
@@ -44,7 +45,7 @@ def _qwen3_5() -> Any:
 
 
 def _mllama() -> Any:
-    text = text_config("mllama_text_model", cross_attention_layers=[1, 3]).to_dict()
+    text = text_config(MllamaTextConfig, cross_attention_layers=[1, 3]).to_dict()
     return transformers.MllamaConfig(text_config=text)
 
 
