@@ -11,7 +11,7 @@ from packaging.version import Version
 from tests.releases import NEWEST, QUIRKS
 
 
-@pytest.mark.parametrize("releases, tests, reason", QUIRKS)
+@pytest.mark.parametrize("releases, tests, reason", QUIRKS, ids=range(len(QUIRKS)))
 def test_the_newest_release_has_no_excuse(releases: str, tests: str, reason: str) -> None:
     assert NEWEST not in SpecifierSet(releases)
     assert Version("99") not in SpecifierSet(releases)
