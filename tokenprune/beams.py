@@ -43,10 +43,11 @@ def refuse_torn(adapter: Adapter, expand: Callable[..., Any]) -> Callable[..., A
                 if parts > len(ids):
                     raise _torn(name, parts, len(ids))
         before = {name: list(one) for name, one in _encoded(kwargs)}
+        held = adapter.placeholders(ids, kwargs.get("mm_token_type_ids"))
         repeated = expand(*args, **kwargs)
         for name, after in _encoded(repeated[1]):
-            if len(before[name]) > len(ids):
-                counts = adapter.placeholders(ids)[name].sum(dim=1).tolist()
+            if len(before[name]) > len(ids) and name in held:
+                counts = held[name].sum(dim=1).tolist()
                 right = _sample_by_sample(before[name], counts, times)
                 if not all(map(torch.equal, after, right)):
                     raise _torn(f"{name} features", len(before[name]), len(ids))
