@@ -280,6 +280,8 @@ def seeds(fresh: int, fixed: int) -> list[Any]:
     return drawn + [pytest.param(seed, marks=pytest.mark.full) for seed in range(fixed)]
 
 
+# So torch tells of a hook that fails after a forward that was refused.
+@pytest.mark.filterwarnings("ignore:module forward hook with .*always_call:UserWarning")
 @pytest.mark.parametrize("seed", seeds(FRESH, FIXED))
 def test_a_case_made_up_by_chance(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = draw(seed)
