@@ -1,12 +1,12 @@
 # make ask   sets everything up and answers questions about a sample video, pruned and unpruned
 # make test  sets everything up and runs the tests
-# make test-versions  runs them on older releases of transformers, and on what VERSIONS says
+# make test-versions  runs them on other releases of transformers: those that VERSIONS names
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-VERSIONS ?= 5.4 5.10 5.18
+VERSIONS ?= 5.4 5.10 5.18 5.24
 
 .PHONY: ask test test-all test-versions check types setup clean
 
