@@ -456,6 +456,7 @@ def test_two_sessions_of_one_model_take_turns(name: str, checkpoint: Callable[[s
                 except UnsupportedModelError as error:
                     assert "already inside" in str(error)
                     refused[number] += 1
+                    met.set()
                     time.sleep(0.001)
             raise TimeoutError
 
@@ -467,6 +468,7 @@ def test_two_sessions_of_one_model_take_turns(name: str, checkpoint: Callable[[s
             ]
 
     refused = [0, 0]
+    met = threading.Event()
     alone = [use(number, 1) for number in range(2)]
     assert refused == [0, 0]
     found: dict[int, list[Tensor]] = {}
@@ -474,6 +476,8 @@ def test_two_sessions_of_one_model_take_turns(name: str, checkpoint: Callable[[s
     def keep(number: int) -> None:
         found[number] = use(number, 100_000)
 
+    # Who is inside first stays until the other has been refused.
+    loaded.model.get_input_embeddings().register_forward_pre_hook(lambda *_: met.wait(60) and None)
     in_threads([partial(keep, number) for number in range(2)])
     assert sum(refused) > 0, "they never met"
     for number in range(2):
