@@ -14,8 +14,6 @@ from tokenprune.eval.mini.curriculum import Stage, train_language
 from tokenprune.eval.mini.language import (
     BANK_STEPS,
     Bank,
-    align_pairs,
-    align_words,
     build_bank,
     draw_batch,
     forward,
@@ -23,7 +21,6 @@ from tokenprune.eval.mini.language import (
     thin,
 )
 from tokenprune.eval.mini.train import ARCHITECTURES, Name, load_bank, training_model
-from tokenprune.eval.mini.vocabulary import TOKENS
 from tokenprune.eval.mini.world import COLORS, SHAPES, Story, Thing, stream
 from tokenprune.eval.tasks.mini_video import VideoQuestion, encode
 
@@ -174,40 +171,6 @@ def test_training_goes_on_from_its_checkpoint(name: Name, bank: Bank, tmp_path: 
     assert changed - {"lm_head.weight"} == learnt
     train_language(again, bank, minutes=0.06, seed=0, checkpoint=path, stages=stages)
     assert torch.load(path)["progress"]["step"] > steps
-
-
-def test_pairs_are_looked_for_together_and_told() -> None:
-    """A head given "red" and "star" finds the red star among other stars and other red things."""
-    mini = ARCHITECTURES[Name.llava].fresh(0)
-    torch.manual_seed(0)
-    marks = torch.linalg.qr(torch.randn(mini.width, len(SHAPES) + len(COLORS)))[0].T
-    shown = 3 * (marks[: len(SHAPES), None] + marks[None, len(SHAPES) :])  # [shapes, colors, D]
-    tokens = torch.zeros(len(SHAPES) * len(COLORS), BANK_STEPS, mini.frame_tokens, mini.width)
-    tokens[:, :, 0] = shown.flatten(0, 1)[:, None]
-    things = [
-        (Thing(shape, color),) for shape in range(len(SHAPES)) for color in range(len(COLORS))
-    ]
-    bank = Bank(tokens, things)
-    align_words(mini, bank)
-    align_pairs(mini, bank)
-    attention = mini.decoder.layers[2].self_attn
-    words = mini.decoder.embed_tokens.weight
-    with torch.no_grad():
-        for shape, color in ((0, 0), (3, 5), (len(SHAPES) - 1, len(COLORS) - 1)):
-            asked = words[TOKENS[SHAPES[shape]]] + words[TOKENS[COLORS[color]]]
-            query = attention.q_proj(asked).view(-1, attention.head_dim)
-            keys = attention.k_proj(shown).unflatten(-1, (-1, attention.head_dim))[..., 0, :]
-            for head in (0, 1):
-                scores = keys @ query[head]
-                assert scores.argmax() == shape * len(COLORS) + color
-                second = scores.flatten().topk(2).values[1]
-                assert scores[shape, color] > 1.3 * second > 0
-            told = torch.zeros(mini.decoder.config.num_attention_heads, attention.head_dim)
-            told[0] = attention.v_proj(shown[shape, color])[: attention.head_dim]
-            answer = words @ attention.o_proj(told.flatten())
-            names = [TOKENS[name] for name in (*SHAPES, *COLORS)]
-            best = answer[names].topk(2).indices.tolist()
-            assert sorted(best) == [shape, len(SHAPES) + color]
 
 
 def test_softening_scales_the_scores_of_attention() -> None:

@@ -49,7 +49,6 @@ __all__ = [
     "FrameSource",
     "Tally",
     "align_lateness",
-    "align_pairs",
     "align_words",
     "balancing",
     "build_bank",
@@ -244,42 +243,13 @@ def align_words(mini: Architecture, bank: Bank) -> None:
     """
     means, _ = thing_means(bank)
     with torch.no_grad():
+        axes = []
         for words, direction in zip((SHAPES, COLORS), _directions(means), strict=True):
             for word, row in zip(words, direction, strict=True):
                 mini.decoder.embed_tokens.weight[TOKENS[word]] = 0.9 * row / row.norm()
+            axes.append(torch.linalg.svd(direction)[2][: len(direction) - 1])
         for layer in mini.decoder.layers[:3]:
-            _align_layer(layer.self_attn, *_axes(means))
-
-
-def align_pairs(mini: Architecture, bank: Bank) -> None:
-    """Start two heads of the third layer so that they look for a shape in a colour, and tell both.
-
-    "Was there a red star ?" is about a thing, not about its shape and its colour: a head that looks
-    for either tells a mixture of all that has it. Training alone did not find such a head in half
-    an hour with one position per token, and answered from the mixture.
-    """
-    with torch.no_grad():
-        both = torch.cat(_axes(thing_means(bank)[0]))  # [shapes + colors - 2, D]
-        attention = mini.decoder.layers[2].self_attn
-        size = attention.head_dim
-        query, key, value = _heads(attention)
-        output = attention.o_proj.weight.unflatten(1, (-1, size))  # [D, heads, size]
-        still = _still(size)
-        look = _strength(size) * torch.linalg.qr(torch.randn(len(still), len(both)))[0] @ both
-        key[0], value[0] = 0.0, 0.0
-        key[0, still] = look
-        value[0, : len(both)] = both
-        for head in (0, 1):
-            query[head] = 0.0
-            query[head, still] = look
-            output[:, head] = 0.0
-            output[:, head, : len(both)] = 0.15 * both.T
-        for projection, heads in (
-            (attention.q_proj, 2),
-            (attention.k_proj, 1),
-            (attention.v_proj, 1),
-        ):
-            projection.bias[: heads * size] = 0.0
+            _align_layer(layer.self_attn, *axes)
 
 
 def soften(mini: Architecture) -> None:
@@ -305,12 +275,6 @@ def _directions(means: Tensor) -> tuple[Tensor, Tensor]:
     return means.mean(1) - middle, means.mean(0) - middle
 
 
-def _axes(means: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal axes along which shapes differ, and colours, `[classes - 1, D]`."""
-    shapes, colors = (torch.linalg.svd(one)[2][: len(one) - 1] for one in _directions(means))
-    return shapes, colors
-
-
 def _heads(attention: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The weights of queries, keys and values, head by head: `[heads, size, D]`."""
     query, key, value = (
@@ -320,24 +284,16 @@ def _heads(attention: Any) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def _still(size: int) -> Tensor:
-    """The slower half of a head's axes, which hardly turn."""
-    return torch.cat([torch.arange(size // 4, size // 2), torch.arange(3 * size // 4, size)])
-
-
-def _strength(size: int) -> float:
-    """Of looking: scores are divided by the root of the size."""
-    return float(0.7 * (size / 32) ** 0.25)
-
-
 def _align_layer(attention: Any, shapes: Tensor, colors: Tensor) -> None:
     size = attention.head_dim
-    still = _still(size)
+    # The slower half of a head's axes, which hardly turn.
+    still = torch.cat([torch.arange(size // 4, size // 2), torch.arange(3 * size // 4, size)])
+    strength = 0.7 * (size / 32) ** 0.25  # scores are divided by the root of the size
     query, key, value = _heads(attention)
     output = attention.o_proj.weight.unflatten(1, (-1, size))  # [D, heads, size]
     for group, (same, told) in enumerate(((shapes, colors), (colors, shapes))):
         spread = torch.linalg.qr(torch.randn(len(still), len(same)))[0]
-        look = _strength(size) * spread @ same
+        look = strength * spread @ same
         key[group, still] = look
         value[group, : len(told)] = told
         for head in (2 * group, 2 * group + 1):

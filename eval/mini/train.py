@@ -24,7 +24,6 @@ from tokenprune.eval.mini.curriculum import JOINT, train_language
 from tokenprune.eval.mini.language import (
     Bank,
     align_lateness,
-    align_pairs,
     align_words,
     balancing,
     build_bank,
@@ -128,11 +127,8 @@ def language(
     lateness: Annotated[
         bool, typer.Option(help="Give `last` its head with --start, too: the shipped model did.")
     ] = False,
-    pairs: Annotated[
-        bool, typer.Option(help="Give pairs their heads with --start, too: `llava` did.")
-    ] = False,
     softened: Annotated[
-        bool, typer.Option("--soften", help="Take sharpness from attention with --start.")
+        bool, typer.Option("--soften", help="Make attention less sharp with --start: `llava` did.")
     ] = False,
     peak: Annotated[float, typer.Option(help="The highest learning rate.")] = 1.2e-3,
 ) -> None:
@@ -144,8 +140,6 @@ def language(
         align_words(mini, bank)  # a checkpoint overwrites it
     if not mini.text_follows and (start is None or lateness):
         align_lateness(mini, bank, seed)
-    if mini.text_follows and (start is None or pairs):
-        align_pairs(mini, bank)
     if softened and start is not None:
         soften(mini)
     train_language(
