@@ -147,7 +147,8 @@ class Llava(Architecture):
     def encode(self, frames: NDArray[np.uint8]) -> Tensor:
         pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
         clip: Any = self.model.model.get_video_features(pixels[None], return_dict=True)
-        features: Tensor = clip.pooler_output[0, :-1]  # without the newline
+        # The newline comes behind them on newer releases of transformers.
+        features: Tensor = clip.pooler_output[0, : len(frames) * self.frame_tokens]
         return features.view(len(frames), self.frame_tokens, -1)
 
     def ending(self) -> Tensor:
