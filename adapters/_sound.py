@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapter import Item
+from tokenprune.indices import runs
 
 __all__ = ["MEL_SECONDS", "Windows", "evenly"]
 
@@ -50,7 +51,7 @@ class Windows:
         """
         left = list(self.tokens)
         sounds = []
-        for run in _runs(held):
+        for run in runs(held):
             while run and left and left[0] <= run:
                 parts = [left.pop(0)]
                 while left and parts[-1] == self.whole and sum(parts) + left[0] <= run:
@@ -66,12 +67,3 @@ class Windows:
             for window, tokens in enumerate(parts)
         ]
         return Item.sound(torch.cat(seconds))
-
-
-def _runs(held: Tensor) -> Iterator[int]:
-    """Lengths of the unbroken runs of True in each row of `[B, S]`, row by row."""
-    for row in held.int():
-        edge = row.new_zeros(1)
-        steps = torch.cat([edge, row, edge]).diff()
-        starts, ends = (steps == 1).nonzero()[:, 0], (steps == -1).nonzero()[:, 0]
-        yield from (ends - starts).tolist()

@@ -12,6 +12,7 @@ from transformers import CLIPVisionConfig
 from tokenprune.adapter import Adapter, Item, MediaCall, Tower
 from tokenprune.adapters._pixels import CLIP, HALF, Normalisation, patches
 from tokenprune.adapters.longva import LongVAImageProcessor, LongVAProcessor
+from tokenprune.indices import runs
 from tokenprune.layout import Modality
 
 __all__ = ["PerceptionLM"]
@@ -89,10 +90,9 @@ class PerceptionLM(Adapter):
             tokens: Tokens of a tile.
             ids: `[B, S]`, the prompt: the placeholders of an image are one unbroken run.
         """
-        edges = functional.pad((ids[:1] == self.config.image_token_id).int(), (1, 1)).diff(dim=1)
-        runs = (edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]
-        counts: list[int] = (runs // tokens).tolist()
-        fits = bool((runs % tokens == 0).all()) and sum(counts) == tiles
+        found = list(runs(ids[:1] == self.config.image_token_id))
+        counts = [run // tokens for run in found]
+        fits = all(run % tokens == 0 for run in found) and sum(counts) == tiles
         return counts if fits else [tiles]
 
     @property

@@ -6,10 +6,12 @@ the right, so holes are on the left, as left padding is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-__all__ = ["pack_mask", "pad_left", "take"]
+__all__ = ["pack_mask", "pad_left", "runs", "take"]
 
 
 def pad_left(rows: list[Tensor]) -> Tensor:
@@ -25,6 +27,15 @@ def pack_mask(mask: Tensor) -> Tensor:
     longest = int(mask.sum(-1).max())
     order = mask.to(torch.uint8).argsort(dim=-1, stable=True)[..., mask.shape[-1] - longest :]
     return torch.where(mask.gather(-1, order), order, -1)
+
+
+def runs(held: Tensor) -> Iterator[int]:
+    """Lengths of the unbroken runs of True in each row of `[B, S]`, row by row."""
+    for row in held.int():
+        edge = row.new_zeros(1)
+        steps = torch.cat([edge, row, edge]).diff()
+        starts, ends = (steps == 1).nonzero()[:, 0], (steps == -1).nonzero()[:, 0]
+        yield from (ends - starts).tolist()
 
 
 def take(values: Tensor, index: Tensor, dim: int) -> Tensor:

@@ -145,22 +145,21 @@ def plan(
     if group is None:
         media = outline_media(path, loaded, frames=frames, fps=fps, sound=sound)
         chosen = default_recipe(loaded, media) if chosen is None else chosen
-        stages = _acting(loaded, chosen)
+        stages = _acting(Patch(loaded.model, chosen, "original"))
         prompt, by_content = prompt_of(loaded, media, question)
         return _plan(loaded, chosen, stages, [prompt], len(media.frames), by_content)
     chosen = default_recipe(loaded) if chosen is None else chosen
     Session(loaded.model, loaded.processor, chosen, group=group, name=loaded.name)  # or it refuses
     check_watchable(path, loaded, sound=sound)
-    stages = _acting(loaded, chosen)
-    watcher = Watcher(loaded, Patch(loaded.model, chosen, "original"), group)
+    patch = Patch(loaded.model, chosen, "original")
+    watcher = Watcher(loaded, patch, group)
     prompts, count = prompts_in_groups(loaded, watcher, path, question, frames=frames, fps=fps)
-    return _plan(loaded, chosen, stages, prompts, count)
+    return _plan(loaded, chosen, _acting(patch), prompts, count)
 
 
-def _acting(loaded: LoadedModel, recipe: Recipe) -> list[Stage]:
-    """The stages that leave fewer tokens, checked against the model."""
-    stages = Patch(loaded.model, recipe, "original").stages  # never entered
-    return [stage for stage in stages if not isinstance(stage, EncoderStage)]
+def _acting(patch: Patch) -> list[Stage]:
+    """The stages that leave fewer tokens. The patch has checked them, and is never entered."""
+    return [stage for stage in patch.stages if not isinstance(stage, EncoderStage)]
 
 
 def _plan(

@@ -128,7 +128,7 @@ def language(
         bool, typer.Option(help="Give `last` its head with --start, too: the shipped model did.")
     ] = False,
     softened: Annotated[
-        bool, typer.Option("--soften", help="Make attention less sharp with --start: `llava` did.")
+        bool, typer.Option("--soften", help="Make attention less sharp at the start: `llava` did.")
     ] = False,
     peak: Annotated[float, typer.Option(help="The highest learning rate.")] = 1.2e-3,
 ) -> None:
@@ -140,7 +140,7 @@ def language(
         align_words(mini, bank)  # a checkpoint overwrites it
     if not mini.text_follows and (start is None or lateness):
         align_lateness(mini, bank, seed)
-    if softened and start is not None:
+    if softened:
         soften(mini)
     train_language(
         mini,
