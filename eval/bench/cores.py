@@ -2,11 +2,13 @@
 
     python -m tokenprune.eval.bench.cores --files /var/tmp/footage
 
-The plan's units are decoded one by one by one worker; what is taken is processor time, so that
-other work on the machine does not count. Then they are handed, in order, to as many workers as
-there are cores, each taking the next when it is done, as the reader does. What is not modelled:
-cores that slow each other down, and codec threads where units are few. The index is made by one
-core before all else; it is measured, too.
+The units of the plan for many workers are decoded one by one by one worker; what is taken is
+processor time, so that other work on the machine does not count. Then they are handed, in order, to
+as many workers as there are cores, each taking the next when it is done, as the reader does. One
+core has a plan of its own, whose units are not cut, and which decodes no picture twice. The index
+is made by one core before all else; it is measured, too. What is not modelled: cores that slow each
+other down, the interpreter's lock, the opening of the file by each worker, and codec threads where
+units are few.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ class Costs:
         return self.index + max(free)
 
 
-def measure(path: Path, wanted: tuple[int, ...]) -> Costs:
-    """Decode all units of the plan for many workers, one after the other."""
+def measure(path: Path, wanted: tuple[int, ...], workers: int) -> Costs:
+    """Decode all units of the plan for so many workers, one after the other."""
     begin = time.thread_time()
     index = index_video(path)
     index_seconds = time.thread_time() - begin
@@ -59,7 +61,7 @@ def measure(path: Path, wanted: tuple[int, ...]) -> Costs:
     rows = Rows(np.array([0, len(ranks)]), SIZE, len(ranks))
     worker = UnitDecoder(index, SIZE, 1, rows, np.zeros(2, np.int64))
     seconds = []
-    for unit in plan_units(index, ranks, MOST_CORES):
+    for unit in plan_units(index, ranks, workers):
         begin = time.thread_time()
         worker.decode(unit)
         seconds.append(time.thread_time() - begin)
@@ -78,8 +80,9 @@ def main(
     typer.echo("|---|---|---|---|---|---|---|---|")
     for name in cells.split(","):
         cell = CELLS[name]
-        costs = measure(make(cell.footage, files), cell.ranks)
-        alone = costs.seconds(1)
+        path = make(cell.footage, files)
+        alone = measure(path, cell.ranks, 1).seconds(1)
+        costs = measure(path, cell.ranks, MOST_CORES)
         gains = " | ".join(f"{alone / costs.seconds(cores):.1f}" for cores in (2, 4, 16, 64))
         longest = max(costs.units)
         typer.echo(f"| {cell.title} | {len(costs.units)} | {longest:.2f} | {alone:.2f} | {gains} |")

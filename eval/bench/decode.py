@@ -9,7 +9,8 @@ loading is not timed. In each round of a cell its readers run once, in random or
 medians over rounds, ratios are medians of the ratios within rounds. Files are in memory. A run is
 one line of the output file, and a rerun skips what is there. Readers whose libraries are missing
 are listed as missing; `--extra-path` names a folder to find them in. Frames are compared with the
-numbers burnt into them.
+numbers burnt into them; those repeat every minute, so that a frame whole minutes off would pass.
+Peak memory is that of the process, without worker processes beyond the memory they share with it.
 
 A reader that takes longer than `--slow-seconds` in a cell runs there `--slow-repeats` times only;
 the table shows how often each ran.
@@ -314,25 +315,28 @@ def table(runs: list[Run], missing: dict[str, str]) -> str:
                 if found[method]
                 else missing.get(method, "not run")
             )
-            lines.append(_row(method, good[method], good.get(OURS, []), why))
-        lines += ["", _verdict(good, name), ""]
+            failed = len(found[method]) - len(good[method])
+            lines.append(_row(method, good[method], failed, good.get(OURS, []), why))
+        whole = {m: runs for m, runs in good.items() if len(runs) == len(found[m])}
+        lines += ["", _verdict(whole, name), ""]
     return "\n".join(lines)
 
 
-def _row(method: str, good: list[Run], ours: list[Run], why: str) -> str:
+def _row(method: str, good: list[Run], failed: int, ours: list[Run], why: str) -> str:
     if not good:
         return f"| {method} | 0 | {why} | | | | |"
     ratio = f"{_ratio(good, ours):.2f}" if ours else ""
     peak = _median(good, "peak") / 2**20
     right = min(run["right"] for run in good)
+    count = f"{len(good)}, {failed} failed" if failed else f"{len(good)}"
     return (
-        f"| {method} | {len(good)} | {_median(good, 'wall'):.2f} | {ratio}"
+        f"| {method} | {count} | {_median(good, 'wall'):.2f} | {ratio}"
         f" | {_median(good, 'cpu'):.2f} | {peak:.0f} | {right} |"
     )
 
 
 def _verdict(good: dict[str, list[Run]], name: str) -> str:
-    """Our time against the best other reader that got every frame right."""
+    """Our time against the best other reader that got every frame right in every run."""
     ours = good.get(OURS, [])
     count = len(CELLS[name].ranks)
     others = {

@@ -102,6 +102,7 @@ def _pyav(path: str, ranks: Sequence[int], size: Size, *, threads: str) -> Any:
                     height=size[0],
                     format="rgb24",
                     interpolation=Interpolation.BILINEAR,
+                    threads=1,
                 )
                 frames[at] = small.to_ndarray()
                 at += 1
@@ -126,6 +127,29 @@ def _torchcodec(path: str, ranks: Sequence[int], size: Size, *, mode: str) -> An
     return reader.get_frames_at(list(ranks)).data
 
 
+def _two_torchcodecs(path: str, ranks: Sequence[int], size: Size) -> Any:
+    """Half of the frames each, as a caller might do it who knows that one decoder is not enough."""
+    import torch
+
+    decoders: Any = importlib.import_module("torchcodec.decoders")
+    transforms: Any = importlib.import_module("torchcodec.transforms")
+    frames = torch.empty((len(ranks), 3, *size), dtype=torch.uint8)
+
+    def read(first: int, last: int) -> None:
+        reader = decoders.VideoDecoder(
+            path,
+            seek_mode="approximate",
+            num_ffmpeg_threads=1,
+            transforms=[transforms.Resize(size)],
+        )
+        frames[first:last] = reader.get_frames_at(list(ranks[first:last])).data
+
+    middle = len(ranks) // 2
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(read, (0, middle), (middle, len(ranks))))
+    return frames
+
+
 def _opencv(path: str, ranks: Sequence[int], size: Size, *, seek: bool) -> Any:
     cv2: Any = importlib.import_module("cv2")
     frames = np.empty((len(ranks), *size, 3), np.uint8)
@@ -147,15 +171,16 @@ def _opencv(path: str, ranks: Sequence[int], size: Size, *, seek: bool) -> Any:
     return frames
 
 
-def _transformers(path: str, ranks: Sequence[int], size: Size) -> Any:
+def _transformers(path: str, ranks: Sequence[int], size: Size, *, backend: str) -> Any:
     """Its loader gives full frames; a processor scales them."""
     import torch
     from torchvision.transforms.v2.functional import resize
     from transformers.video_utils import load_video
 
     wanted = np.asarray(ranks)
-    frames, _ = load_video(path, sample_indices_fn=lambda metadata, **_: wanted)
-    whole = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    frames, _ = load_video(path, backend=backend, sample_indices_fn=lambda metadata, **_: wanted)
+    whole = torch.as_tensor(frames)
+    whole = whole.permute(0, 3, 1, 2) if whole.shape[-1] == 3 else whole
     scaled = torch.empty((len(ranks), 3, *size), dtype=torch.uint8)
     for at in range(0, len(ranks), 16):
         scaled[at : at + 16] = resize(whole[at : at + 16], list(size), antialias=True)
@@ -187,9 +212,15 @@ READERS: dict[str, Reader] = {
     "torchcodec approximate": Reader(
         ("torchcodec.decoders", "torchcodec.transforms"), partial(_torchcodec, mode="approximate")
     ),
+    "torchcodec 2 decoders": Reader(
+        ("torchcodec.decoders", "torchcodec.transforms"), _two_torchcodecs
+    ),
     "OpenCV": Reader(("cv2",), partial(_opencv, seek=False)),
     "OpenCV seek": Reader(("cv2",), partial(_opencv, seek=True)),
-    "transformers": Reader(_TRANSFORMERS, _transformers),
+    "transformers pyav": Reader(_TRANSFORMERS, partial(_transformers, backend="pyav")),
+    "transformers torchcodec": Reader(
+        (*_TRANSFORMERS, "torchcodec.decoders"), partial(_transformers, backend="torchcodec")
+    ),
 }
 
 
