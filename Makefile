@@ -1,6 +1,7 @@
 # make ask   sets everything up and answers questions about a sample video, pruned and unpruned
 # make test  sets everything up and runs the tests
 # make test-versions  runs them on other releases of transformers: those that VERSIONS names
+# make test-backends  tests the libraries that can decode instead of ours; needs the system's FFmpeg
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +9,7 @@ INSTALLED := .venv/installed
 
 VERSIONS ?= 5.4 5.10 5.18 5.24
 
-.PHONY: ask test test-all test-versions check types setup clean
+.PHONY: ask test test-all test-versions test-backends check types setup clean
 
 ask: $(INSTALLED)
 	$(BIN)/python -m tokenprune.demos.first_run out
@@ -33,6 +34,15 @@ build/versions/5.4 build/versions/5.10: COMPANIONS = "huggingface_hub<2" "tokeni
 build/versions/%: $(INSTALLED)
 	rm -rf $@
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ "transformers==$*.*" $(COMPANIONS)
+
+test-backends: build/backends
+	FAIL_WITHOUT_BACKENDS=1 PYTHONPATH=$(CURDIR)/build/backends \
+		$(BIN)/python -m pytest tests/media/test_backends.py
+
+# They are not installed with the others: where they do not load, nothing else should suffer.
+build/backends: $(INSTALLED)
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ decord torchcodec
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -180,7 +180,7 @@ def test_watching_inside_prune_fails(session, loaded, files):
         (frames(2), {}, "frames need their rate: give fps"),
         (frames(2), {"fps": 0.0}, "fps must be a number above 0, got 0.0"),
         (frames(2), {"fps": float("nan")}, "fps must be a number above 0, got nan"),
-        (frames(2), {"fps": 1.0, "frames": 2}, "frames=2 chooses from a file"),
+        (frames(2), {"fps": 1.0, "frames": 2}, "frames=2 go with a file"),
         ("/nowhere.mp4", {}, "nowhere"),
     ],
 )

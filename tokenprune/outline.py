@@ -71,7 +71,7 @@ def prompts_in_groups(
     for first in range(0, len(video.frames), watcher.group):
         here = slice(first, first + watcher.group)
         part = Group.of(
-            video.frames[here], video.indices[here], pace, seconds=video.pts_seconds[here]
+            video.frames[here], video.even_indices[here], pace, seconds=video.pts_seconds[here]
         )
         tokens = _write(script, part, opening=first == 0)
         inputs = {"input_ids": tokens.ids, **tokens.types, **tokens.media}

@@ -17,7 +17,7 @@ from tokenprune.media.sample import check_amount
 from tokenprune.outline import outline_media, prompt_of, prompts_in_groups
 from tokenprune.recipe import Recipe
 from tokenprune.report import KVBytes, MediaTokens, total
-from tokenprune.session import Session, check_session
+from tokenprune.session import check_session, check_watches
 from tokenprune.stage import EncoderStage, Stage
 from tokenprune.watching import Watcher
 
@@ -149,10 +149,10 @@ def plan(
         prompt, by_content = prompt_of(loaded, media, question)
         return _plan(loaded, chosen, stages, [prompt], len(media.frames), by_content)
     chosen = default_recipe(loaded) if chosen is None else chosen
-    Session(loaded.model, loaded.processor, chosen, group=group, name=loaded.name)  # or it refuses
-    check_watchable(path, loaded, sound=sound)
+    check_watches(loaded)
     patch = Patch(loaded.model, chosen, "original")
     watcher = Watcher(loaded, patch, group)
+    check_watchable(path, loaded, sound=sound)
     prompts, count = prompts_in_groups(loaded, watcher, path, question, frames=frames, fps=fps)
     return _plan(loaded, chosen, _acting(patch), prompts, count)
 

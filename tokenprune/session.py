@@ -18,6 +18,7 @@ from tokenprune.cache import CACHE_NAME, CACHE_NAMES, cache_bytes, full_cache_by
 from tokenprune.engine import Patch
 from tokenprune.errors import MediaError, RecipeError, TokenPruneError, UnsupportedModelError
 from tokenprune.loading import LoadedModel, check_question, check_watchable
+from tokenprune.media.decode import WorkerKind
 from tokenprune.recipe import Recipe
 from tokenprune.report import KVBytes, MediaTokens, Report, total
 from tokenprune.rollback import Bookmark, cache_from_state, cache_state
@@ -29,7 +30,7 @@ from tokenprune.timing import Clock
 from tokenprune.turns import Turn, takes_a_turn
 from tokenprune.watching import WatchedGroup, Watcher
 
-__all__ = ["Session", "check_session", "watch_and_ask"]
+__all__ = ["Session", "check_session", "check_watches", "watch_and_ask"]
 
 _RESERVED = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", *CACHE_NAMES)
 
@@ -83,7 +84,7 @@ class Session:
         self.recipe = Recipe(recipe)
         self._loaded = LoadedModel(model, processor, name or str(model.name_or_path or "model"))
         check_session(self.recipe)
-        _check_watches(self._loaded)
+        check_watches(self._loaded)
         self._patch = Patch(model, self.recipe, "original")
         self._report = self._patch.report  # during a question the patch fills another
         self._watcher = Watcher(self._loaded, self._patch, group)
@@ -178,6 +179,7 @@ class Session:
         frames: int | None = None,
         fps: float | None = None,
         workers: int | None = None,
+        worker_kind: WorkerKind | None = None,
     ) -> list[WatchedGroup]:
         """Watch a video file, or frames as they arrive; may be called again and again.
 
@@ -192,6 +194,8 @@ class Session:
             fps: Frames per second to take from a file; or those of the frames that are given,
                 which must be told the first time.
             workers: How many decode a file at a time; None for one on each core we may use.
+            worker_kind: "thread" (the default); or "process", if your program runs much Python
+                beside the session, for which decoding threads would have to wait.
 
         Returns:
             What became of the groups that were prefilled by this call.
@@ -203,13 +207,14 @@ class Session:
         self._check_open()
         before = len(self._watcher.groups)
         if not isinstance(source, Tensor):
-            self._watcher.watch_file(source, frames, fps, workers)
-        elif frames is None and workers is None:
-            self._watcher.watch_frames(source, fps)
-        elif workers is None:
-            raise MediaError(f"frames={frames} chooses from a file; give the frames you want")
-        else:
-            raise MediaError(f"workers={workers} decode files; leave it out for frames")
+            self._watcher.watch_file(source, frames, fps, workers, worker_kind)
+            return self._watcher.groups[before:]
+        of_files = {"frames": frames, "workers": workers, "worker_kind": worker_kind}
+        if given := [f"{name}={value!r}" for name, value in of_files.items() if value is not None]:
+            raise MediaError(
+                f"{' and '.join(given)} go with a file; leave them out and give the frames you want"
+            )
+        self._watcher.watch_frames(source, fps)
         return self._watcher.groups[before:]
 
     # -- asking
@@ -522,7 +527,12 @@ def _end(groups: list[WatchedGroup]) -> float:
     return max((end for _, end in spans), default=0.0)
 
 
-def _check_watches(loaded: LoadedModel) -> None:
+def check_watches(loaded: LoadedModel) -> None:
+    """Check that a model sees.
+
+    Raises:
+        UnsupportedModelError: It understands sound only.
+    """
     if not set(loaded.adapter.modalities) - {"audio"}:
         raise UnsupportedModelError(
             f"{loaded.name} understands sound only, and a session watches; use `prune`"

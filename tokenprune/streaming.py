@@ -95,6 +95,11 @@ class Group(Video):
         )
 
     @property
+    def even_indices(self) -> Tensor:
+        """`[F]`, the same as `indices`: those of a session count by an even clock."""
+        return self.indices
+
+    @property
     def metadata(self) -> VideoMetadata:
         plain = super().metadata
         part = _PartMetadata(**{name: getattr(plain, name) for name in plain})

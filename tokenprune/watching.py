@@ -20,6 +20,7 @@ from tokenprune.engine import Patch
 from tokenprune.errors import MediaError, TokenPruneError, UnsupportedModelError
 from tokenprune.loading import LoadedModel, frame_size
 from tokenprune.media import stream_video
+from tokenprune.media.decode import WorkerKind
 from tokenprune.report import KVBytes, MediaTokens
 from tokenprune.rollback import Bookmark
 from tokenprune.streaming import Group, Pace, Script, Tokens, temporal_patch
@@ -116,6 +117,7 @@ class Watcher:
         frames: int | None,
         fps: float | None,
         workers: int | None,
+        worker_kind: WorkerKind | None,
     ) -> None:
         """Prefill the chosen frames of a file, group by group, as they are decoded."""
         rule = frame_size(self._loaded.processor)
@@ -138,6 +140,7 @@ class Watcher:
             fps=fps,
             size=size,
             workers=workers,
+            worker_kind=worker_kind,
         )
         with closing(groups):  # or the workers would go on until an error is forgotten
             for video in groups:
@@ -148,7 +151,7 @@ class Watcher:
                 self._check_rate(pace.sampled_fps)
                 assert self.pace is not None
                 scale = self.pace.source_fps / pace.source_fps
-                indices = offset + (video.indices * scale).round().long()
+                indices = offset + (video.even_indices * scale).round().long()
                 self.source_frames = offset + round(info.frame_count * scale)
                 self.pictures_decoded = pictures + video.pictures_decoded
                 self.bytes_read = size_bytes + video.bytes_read

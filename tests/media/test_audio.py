@@ -2,6 +2,7 @@
 
 import wave
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -205,6 +206,58 @@ def test_lost_sound_becomes_silence(tmp_path):
     assert sound[int(1.1 * 16000) : int(1.45 * 16000)].abs().max() == 0
     assert hertz_of(sound[2 * 16000 :]) == pytest.approx(440, abs=1)
     assert sound[int(1.6 * 16000) :].abs().max() > 0.49
+
+
+def holed(tmp_path, keep, move=lambda seconds: 0.0, seconds=4.0):
+    """Noise, which shows where it lies, without some packets or with later times; and the noise."""
+    whole = tmp_path / "noise.wav"
+    samples = (np.random.default_rng(0).normal(0, 3000, int(seconds * 16000))).astype("<i2")
+    with wave.open(str(whole), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(samples.tobytes())
+    path = tmp_path / "holed.mka"
+    with av.open(str(whole)) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.audio[0])
+        content = samples.tobytes()
+        for number in filter(keep, range(len(content) // 640)):  # of 20 ms
+            piece = av.Packet(content[640 * number :][:640])
+            begin = number / 50
+            piece.time_base = Fraction(1, 1000)
+            piece.pts = piece.dts = round(1000 * (begin + move(begin)))
+            piece.stream = stream
+            new.mux(piece)
+    return path, samples / 32768
+
+
+def test_small_losses_do_not_add_up(tmp_path):
+    """Every third piece of 20 ms is lost, each too short a gap to be certain."""
+    path, noise = holed(tmp_path, lambda number: number % 3 != 1)
+    sound = read_audio(path).numpy()
+    assert abs(len(sound) - len(noise)) < 0.11 * 16000
+    for number in (51, 99, 174, 198):  # of pieces that are there: each fits best near its place
+        score = np.correlate(sound, noise[320 * number :][:320])
+        assert abs(score.argmax() - 320 * number) < 0.11 * 16000
+
+
+def test_a_pause_is_silence(tmp_path):
+    path, noise = holed(tmp_path, lambda number: True, lambda begin: 25.0 * (begin >= 2))
+    sound = read_audio(path).numpy()
+    assert len(sound) == pytest.approx(len(noise) + 25 * 16000, abs=400)
+    assert np.abs(sound[2 * 16000 + 400 : 27 * 16000 - 400]).max() == 0
+    assert sound[27 * 16000 :][:8000] == pytest.approx(noise[2 * 16000 :][:8000], abs=1e-4)
+
+
+@pytest.mark.parametrize("leap", [30.0, -1.5, 90_000.0])
+def test_one_damaged_time_is_not_believed(leap):
+    def piece(time):
+        return SimpleNamespace(time=time, samples=320, sample_rate=16000)
+
+    assert audio._lost(piece(2.0 + leap), piece(2.02), 2.0) == 0
+    assert audio._lost(piece(2.0 + leap), piece(2.02 + leap), 2.0) == pytest.approx(
+        leap if leap < 3600 else -leap
+    )
 
 
 def test_damaged_sound_keeps_its_length(tmp_path):

@@ -6,7 +6,7 @@ The libraries are extras. Where one does not load, its tests are skipped, or fai
 
 import os
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,6 +146,28 @@ class Batch:
         return self.array
 
 
+class LiarOfTorch(Liar):
+    """Stands in for torchcodec's decoder."""
+
+    def get_frames_at(self, ranks):
+        frames = self.get_batch(ranks).asnumpy()
+        times = torch.from_numpy(self.get_frame_timestamp(ranks)[:, 0])
+        return SimpleNamespace(data=torch.from_numpy(frames).permute(0, 3, 1, 2), pts_seconds=times)
+
+
+def pretend(name, fault, monkeypatch):
+    """Have a library that has one thing wrong."""
+    library = ModuleType(name)
+    if name == "decord":
+        library.VideoReader = lambda path, num_threads: Liar(fault)
+    else:
+        library.decoders = ModuleType(f"{name}.decoders")
+        library.decoders.VideoDecoder = lambda path, num_ffmpeg_threads: LiarOfTorch(fault)
+        monkeypatch.setitem(sys.modules, f"{name}.decoders", library.decoders)
+    monkeypatch.setitem(sys.modules, name, library)
+
+
+@pytest.mark.parametrize("name", ["decord", "torchcodec"])
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -157,10 +179,16 @@ class Batch:
         ("nonsense", "has no attribute"),
     ],
 )
-def test_what_they_deliver_is_compared(fault, message, clip, monkeypatch):
-    library = ModuleType("decord")
-    library.VideoReader = lambda path, num_threads: Liar(fault)
-    monkeypatch.setitem(sys.modules, "decord", library)
+def test_what_they_deliver_is_compared(fault, message, name, clip, monkeypatch):
+    pretend(name, fault, monkeypatch)
     with pytest.raises(DecodeError, match=message) as caught:
-        read_video(clip("h264_bframes").path, frames=2, backend="decord")
+        read_video(clip("h264_bframes").path, frames=2, backend=name)
     assert "\n" not in str(caught.value) and "b.mp4" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["decord", "torchcodec"])
+def test_their_frames_are_delivered(name, clip, monkeypatch):
+    pretend(name, "", monkeypatch)
+    video = read_video(clip("h264_bframes").path, indices=[5, 70, 3], backend=name)
+    assert video.frames.shape == (3, 3, 112, 192) and not video.frames.any()
+    assert video.indices.tolist() == [5, 70, 3] and video.damaged == 0

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,15 @@ SIZE = (112, 192)  # of the pictures of most clips; the others are scaled to it
 SHORT, LONG = 72, 300
 # These are shown otherwise than a plain loop over the file's pictures gives them.
 ELSEWISE = {"h264_turned_90", "h264_turned_180"}
+# Their pictures have no times, or times that fall back.
+UNTOLD = {
+    "h264_asf",
+    "h264_ts_other_size",
+    "h264_twin_times",
+    "hevc_raw",
+    "mpeg1_raw",
+    "mpeg2_ps_joined",
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +67,31 @@ def test_chosen_frames_are_right(kind, made):
 
     assert numbers_on(video.frames) == [clip.numbers[rank] for rank in wanted]
     assert video.damaged == 0
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *CORPUS])
+def test_every_gap_is_sought(kind, made, clip, monkeypatch):
+    """Short files would be read on in; long ones are not."""
+    monkeypatch.setattr("tokenprune.media.demux.SEEK_GAP_BYTES", -1)
+    hard = made(kind, SHORT) if kind in CORPUS else clip(kind)
+    wanted = list(range(len(hard.numbers) - 1, -1, -11))
+    for workers in (1, 3):
+        video = read_video(hard.path, indices=wanted, size=SIZE, workers=workers)
+        assert numbers_on(video.frames) == [hard.numbers[rank] for rank in wanted]
+        assert video.damaged == 0
+
+
+@pytest.mark.parametrize("kind", CORPUS)
+def test_times_are_the_file_s(kind, made):
+    """As a plain loop over its pictures tells them, where that tells each one's."""
+    path = made(kind, SHORT).path
+    with av.open(str(path)) as container:
+        plain = [picture.time for picture in container.decode(video=0)]
+    if None in plain or (np.diff(plain) <= 0).any():
+        assert kind in UNTOLD
+        return
+    video = read_video(path, frames=10_000, size=(8, 8))
+    assert video.pts_seconds.numpy() == pytest.approx(np.array(plain) - plain[0], abs=1e-6)
 
 
 @pytest.mark.full

@@ -11,6 +11,7 @@ from tests.media import clips
 from tests.media.clips import KINDS
 from tokenprune.errors import DecodeError, MediaError, NoVideoStreamError
 from tokenprune.media import index_video, probe, read_video, stream_video
+from tokenprune.media.demux import PacketReader
 from tokenprune.media.h264 import slices
 from tokenprune.media.pictures import PictureDecoder
 
@@ -91,23 +92,23 @@ def test_mp4_cut_before_its_table_fails(clip):
 
 
 @pytest.mark.parametrize("kind", ["h264_mkv", "vp9", "h264_ts_offset", "h264_fragmented"])
-def test_cut_file_gives_its_leading_part(kind, clip):
+def test_cut_file_gives_its_leading_part(kind, clip, truth):
     path = spoil(clip(kind), "cut", lambda content: content[: len(content) * 6 // 10])
     video = read_video(path, frames=1000, workers=2)
 
     assert 20 < len(video) < 72
-    check(video, clip(kind).numbers)
+    check(video, clip(kind).numbers, truth(kind))
 
 
 H264 = ["h264_bframes", "h264_mkv", "h264_ts_offset", "h264_fragmented", "h264_one_keyframe"]
 
 
 @pytest.mark.parametrize("kind", [*H264, "hevc", "av1", "mpeg4"])
-def test_damage_is_counted_and_filled_from_before(kind, clip):
+def test_damage_is_counted_and_filled_from_before(kind, clip, truth):
     path = wound(clip(kind), "wounded")
     video = read_video(path, frames=1000, workers=2)
 
-    check(video, clip(kind).numbers)
+    check(video, clip(kind).numbers, truth(kind))
     assert 0 < video.damaged < len(video)
     again = read_video(path, frames=1000, workers=1)
     assert np.array_equal(video.frames.numpy(), again.frames.numpy())
@@ -129,7 +130,7 @@ def test_codec_threads_tell_of_all_damage(tmp_path):
         path = tmp_path / "cut.ts"
         path.write_bytes(whole.path.read_bytes()[: packets[last + 1].pos - 188])
         alone = read_video(path, frames=1000, workers=1)
-        check(alone, whole.numbers)
+        check(alone, whole.numbers, clips.decode_sequentially(whole.path))
         seen += alone.damaged
         for _ in range(2):
             video = read_video(path, frames=1000, workers=2)
@@ -164,8 +165,13 @@ def test_codec_threads_imagine_no_damage(kind, clip):
     assert beside.pictures_decoded <= alone.pictures_decoded * 1.2 + 2
 
 
-def check(video, numbers):
-    """Each frame is the one of its time, or, if it is counted as a substitute, an earlier one."""
+def check(video, numbers, whole):
+    """Each frame is the one of its time, or, if it is counted as a substitute, an earlier one.
+
+    All those are, pixel for pixel, what the undamaged file gives, `whole`.
+    """
+    for frame in video.frames.numpy():
+        assert (frame == whole[numbers.index(clips.read_number(frame))]).all()
     seen = [clips.read_number(frame) for frame in video.frames.numpy()]
     due = [numbers[round(seconds * 30)] for seconds in video.pts_seconds.tolist()]
     substituted = video.substituted.tolist()
@@ -207,6 +213,55 @@ def test_damaged_first_frame_takes_the_next(clip):
     assert video.substituted.tolist() == [True, False]
 
 
+@pytest.mark.parametrize(("first", "last"), [(30, 50), (0, 20)])
+def test_a_long_stretch_of_damage_is_filled(first, last, clip, truth):
+    """From before it, however far; or, at the start, from behind it."""
+    source = clip("h264_all_intra").path
+    content = bytearray(source.read_bytes())
+    with av.open(str(source)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    for packet in packets[first:last]:
+        content[packet.pos + 4 : packet.pos + packet.size] = bytes(packet.size - 4)
+    path = source.with_name(f"stretch_{first}.mp4")
+    path.write_bytes(content)
+
+    for wanted in (list(range(72)), [first + 10], [first, last, last - 1]):
+        for workers in (1, 3):
+            video = read_video(path, indices=wanted, workers=workers)
+            stand_in = first - 1 if first else last
+            due = [stand_in if first <= rank < last else rank for rank in wanted]
+            assert np.array_equal(video.frames.numpy(), truth("h264_all_intra")[due])
+            assert video.substituted.tolist() == [first <= rank < last for rank in wanted]
+
+
+def test_a_damaged_start_hides_no_turn(clip, monkeypatch):
+    """The first picture tells how to hold all of them, wherever it comes."""
+    source = clip("h264_rotated").path
+    content = bytearray(source.read_bytes())
+    with av.open(str(source)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    for packet in packets[:24]:
+        content[packet.pos + 4 : packet.pos + packet.size] = bytes(packet.size - 4)
+    path = source.with_name("beheaded_turned.mp4")
+    path.write_bytes(content)
+    monkeypatch.setattr("tokenprune.media.index._LOOKS", 10)
+
+    video = read_video(path, indices=[3, 40])
+
+    assert video.info.rotation == 270 and video.frames.shape[2:] == (112, 192)
+    assert clips.read_number(video.frames[1].numpy()) == 40
+    assert video.substituted.tolist() == [True, False]
+
+
+def test_packets_passed_over_are_told_of(clip):
+    """So that reading can be ended, and is not taken for hanging."""
+    index, seen = index_video(clip("h264_ts_joined").path), []
+    reader = PacketReader(index, lambda: seen.append(1))
+    (number, _) = next(reader.packets(60, 60))
+    assert number == 60 and len(seen) > 60
+    reader.close()
+
+
 def test_nothing_decodable_fails(clip):
     def wipe(content):
         start = content.index(b"mdat") + 4
@@ -215,7 +270,9 @@ def test_nothing_decodable_fails(clip):
         return content
 
     path = spoil(clip("h264_no_bframes"), "wiped", wipe)
-    with pytest.raises(DecodeError, match=r"wiped\.mp4.* is damaged: nothing near frame 0"):
+    with pytest.raises(
+        DecodeError, match=r"wiped\.mp4.* is damaged: nothing is left to stand for frame 0"
+    ):
         read_video(path, frames=4)
 
 
@@ -226,5 +283,5 @@ def test_file_that_changes_while_read_fails(clip, tmp_path, monkeypatch):
     path.write_bytes(clip("h264_bframes").path.read_bytes())
     monkeypatch.setattr("tokenprune.media.reader.index_video", lambda path, scan: index)
 
-    with pytest.raises(DecodeError, match=re.escape("swapped.mp4' changed while it was read")):
+    with pytest.raises(DecodeError, match=re.escape("swapped.mp4' changed since it was opened")):
         read_video(path, frames=8)

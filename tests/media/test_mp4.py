@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import av
 import numpy as np
 import pytest
 import torch
 
 from tests.media.clips import KINDS, read_number
-from tokenprune.media import index_video, mp4, read_video, stream_video
+from tokenprune.errors import DecodeError
+from tokenprune.media import VideoReader, index_video, mp4, read_video, stream_video
 
 TABLES = {
     "h264_bframes": True,
@@ -42,16 +44,18 @@ def test_table_tells_what_a_scan_tells(kind, clip):
 
 def test_first_group_needs_no_pass_over_the_file(clip):
     path = clip("h264_all_intra").path
-    total = int(index_video(path).size.sum())
+    index = index_video(path)
+    assert not index.scanned
+    total = int(index.size.sum())
     stream = stream_video(path, frames=72, group=4, first_group=1, workers=1)
     assert next(stream).bytes_read < total / 3
     stream.close()
 
 
 def wrong(table):
-    """The table with two shifts exchanged, far behind its first packets."""
+    """The table with the times of two pictures exchanged, far behind its first packets."""
     shift = table.shift.copy()
-    shift[[60, 61]] = shift[[61, 60]] + np.array([-512, 512])
+    shift[[60, 61]] = shift[[61, 60]] + np.array([512, -512])
     return dataclasses.replace(table, shift=shift)
 
 
@@ -62,9 +66,56 @@ def test_wrong_table_is_found_out(clip, monkeypatch):
     monkeypatch.setattr("tokenprune.media.index.sample_table", lambda *_: wrong(good(*_)))
 
     assert not np.array_equal(index_video(path).pts, index_video(path, scan=True).pts)
+    assert index_video(path).timed
     video = read_video(path, frames=72)
     assert torch.equal(video.frames, right.frames)
     assert [read_number(frame) for frame in video.frames.numpy()] == clip("h264_bframes").numbers
+
+
+def test_wrong_table_is_found_out_in_a_stream(clip, monkeypatch):
+    """What is still due is decoded by a scan."""
+    path = clip("h264_bframes").path
+    good = mp4.sample_table
+    monkeypatch.setattr("tokenprune.media.index.sample_table", lambda *_: wrong(good(*_)))
+
+    reader = VideoReader(path, workers=2)
+    groups = list(reader.stream(frames=72, group=5, first_group=3))
+    assert reader.index.scanned
+    assert [len(group) for group in groups] == [3, *[5] * 13, 4]
+    numbers = [read_number(frame) for group in groups for frame in group.frames.numpy()]
+    assert numbers == clip("h264_bframes").numbers
+    assert [group.indices[0].item() for group in groups] == [0, *range(3, 72, 5)]
+    read = [group.bytes_read for group in groups]
+    assert read == sorted(read) and groups[-1].pictures_decoded >= 72
+
+
+def test_wrong_table_after_frames_that_a_scan_does_not_know(clip, monkeypatch):
+    path = clip("h264_bframes").path
+    good = mp4.sample_table
+
+    def wrong_early(*arguments):
+        table = wrong(good(*arguments))
+        return dataclasses.replace(table, discard=np.arange(len(table.size)) > 65)
+
+    monkeypatch.setattr("tokenprune.media.index.sample_table", wrong_early)
+    stream = stream_video(path, frames=10, group=2, workers=1)
+    with pytest.raises(DecodeError, match=r"table of packets in .*mp4' is wrong.*after \d+ frames"):
+        list(stream)
+
+
+def test_counts_beyond_the_table_are_not_believed(clip, tmp_path):
+    """They would be taken for gigabytes."""
+    whole = clip("h264_bframes").path
+    content = whole.read_bytes()
+    for box, place in {b"elst": 8, b"stts": 12, b"ctts": 12, b"stsz": 12}.items():
+        damaged = bytearray(content)
+        damaged[content.index(box) + place] |= 0x40
+        path = tmp_path / f"{box.decode()}.mp4"
+        path.write_bytes(damaged)
+        with av.open(str(whole)) as container:
+            stream = container.streams.video[0]
+            assert mp4.sample_table(str(whole), stream) is not None
+            assert mp4.sample_table(str(path), stream) is None, box
 
 
 def test_table_at_odds_with_its_first_packets_is_not_used(clip, monkeypatch):

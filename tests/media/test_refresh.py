@@ -43,6 +43,6 @@ def test_a_round_that_the_table_hid_is_noticed(tmp_path, monkeypatch):
     assert not index.scanned and index.starts.tolist() == [0, 20, 40]
 
     reader = PacketReader(index)
-    with pytest.raises(DecodeError, match="changed while it was read"):
+    with pytest.raises(DecodeError, match="changed since it was opened"):
         list(reader.packets(20, 30))
     reader.close()

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from tests.media.clips import read_number
+from tests.media.clips import encode, read_number, x264
 from tokenprune.errors import MediaError
-from tokenprune.media import PixelLimits, ShortestEdge, read_message, read_video
+from tokenprune.media import PixelLimits, ShortestEdge, VolumeLimits, read_message, read_video
+from tokenprune.media.message import _check, _size
 
 SHAPES = [(112, 192), (1080, 1920), (1920, 1080), (33, 5000), (720, 1280), (57, 57), (28, 2800)]
 
@@ -39,6 +40,19 @@ def test_frames_share_pixels_as_in_transformers(frames):
         made = processor(videos=[video], do_sample_frames=False, return_tensors="pt")
         grid = made["video_grid_thw"][0].tolist()
         assert rule(height, width, frames) == (grid[1] * 14, grid[2] * 14)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5, 8, 9, 64, 700])
+@pytest.mark.parametrize("limits", [(128 * 1024, 768 * 1024), (4096, 25_165_824), (10, 100_000)])
+def test_volume_limits_are_those_of_transformers(limits, frames):
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+
+    rule = VolumeLimits(min_pixels=limits[0], max_pixels=limits[1])
+    shapes = [*SHAPES, (20, 900), *np.random.default_rng(0).integers(8, 2500, (300, 2)).tolist()]
+    for height, width in shapes:
+        if max(height, width) < 200 * min(height, width):
+            expected = smart_resize(max(2, frames), height, width, 2, 32, *limits)
+            assert rule(height, width, frames) == expected, (height, width)
 
 
 def test_no_share_lifts_a_frame_above_its_limit():
@@ -77,6 +91,8 @@ def test_rules_are_applied_in_the_decoder(clip):
     ("make", "message"),
     [
         (lambda: PixelLimits(min_pixels=5, max_pixels=4), "0 < min_pixels <= max_pixels.*5 and 4"),
+        (lambda: VolumeLimits(min_pixels=5, max_pixels=4), "0 < min_pixels <= max_pixels.*5 and 4"),
+        (lambda: VolumeLimits()(10, 4000, 1), "at most 200 times .*32x12800"),
         (lambda: PixelLimits(multiple=0), "multiple must be at least 1, got 0"),
         (lambda: PixelLimits(total_pixels=0), "total_pixels must be at least 1, got 0"),
         (lambda: PixelLimits()(10, 4000, 1), "at most 200 times .*10x4000"),
@@ -106,6 +122,25 @@ def test_message_keys_choose_frames(clip):
     assert ranks(nframes=2, video_start=1, video_end=2) == [30, 60]
     assert ranks(nframes=2, video_start=0.99) == [30, 71]
     assert read_message(part(clip) | {"video": f"file://{clip('hevc').path}"}).damaged == 0
+
+
+def test_a_rounded_rate_costs_no_frames(tmp_path):
+    """Ten seconds of 24 frames each, in ticks of which the last frame has one less."""
+    clip = encode(tmp_path / "24.mp4", numbers=range(240), rate=24, options=x264("keyint=48"))
+    assert len(read_message({"video": str(clip.path), "fps": 2})) == 20
+
+
+def test_one_limit_moves_the_other(clip):
+    """If it was not given."""
+    assert len(read_message(part(clip, max_frames=2))) == 2
+
+    def size(multiple=28, frames=8, **keys):
+        return _size(_check(part(clip, **keys)), multiple)(1080, 1920, frames)
+
+    assert size(max_pixels=1_003_520) == size() == (560, 1008)  # no more than 768 tokens
+    assert size(multiple=32) == (640, 1152)
+    assert size(min_pixels=700_000) == (616, 1120)  # up to 1.05 times
+    assert size(frames=2000) == (224, 420)  # a share of 115,200 tokens, but no less than that
 
 
 def test_message_keys_choose_sizes(clip):

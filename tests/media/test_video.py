@@ -158,9 +158,13 @@ def test_window_bounds_memory(clip):
         with FrameDecoder(
             index, np.arange(72), (112, 192), bounds=bounds, window=8, workers=3
         ) as decoder:
+            ahead = 0
             for group in decoder.groups():
                 time.sleep(0.01)  # a slow caller: the workers run into the window
-                assert all(4 * block < group.first + 4 + 8 for block in decoder._rows._blocks)
+                blocks = list(decoder._rows._blocks)
+                assert all(4 * block < group.first + 4 + 8 for block in blocks)
+                ahead = max(ahead, len(blocks))
+            assert ahead > 1  # or there was nothing to bound
 
 
 def test_large_frames_are_not_piled_up(clip, monkeypatch):
@@ -203,6 +207,27 @@ def test_memory_of_groups_is_given_back():
     thread.start()
     thread.join()
     assert max(high) - before > 25 and resident() - before < 10  # MiB
+
+
+def test_a_rate_above_the_file_s_gives_all_frames(clip):
+    assert read_video(clip("h264_bframes").path, fps=5000).indices.tolist() == list(range(72))
+    part = read_video(clip("h264_bframes").path, fps=5000, start=1.01, end=1.5)
+    assert part.indices.tolist() == list(range(30, 45))
+
+
+def test_a_colon_in_a_name_is_no_protocol(clip, tmp_path, monkeypatch):
+    (tmp_path / "12:30.mp4").write_bytes(clip("h264_bframes").path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert read_video("12:30.mp4", frames=3).indices.tolist() == [0, 36, 71]
+
+
+def test_processors_are_told_the_time_of_uneven_frames(clip):
+    for kind in ("h264_uneven", "h264_edit_list", "h264_ts_offset", "h264_bframes"):
+        video = read_video(clip(kind).path, frames=1000)
+        told = np.array(video.metadata.timestamps)
+        assert np.abs(told - video.pts_seconds.numpy()).max() < 0.51 / video.info.average_fps
+        if kind != "h264_uneven":
+            assert video.metadata.frames_indices == video.indices.tolist()
 
 
 def test_worker_error_reaches_the_caller(clip, monkeypatch):

@@ -1,5 +1,6 @@
 """Worker threads and processes: the same frames, no hang, nothing left behind."""
 
+import ast
 import gc
 import os
 import signal
@@ -20,6 +21,7 @@ from tokenprune.media.decode import FrameDecoder
 from tokenprune.media.plan import plan_units
 from tokenprune.media.reader import group_bounds
 from tokenprune.media.rows import Ring
+from tokenprune.media.worker import UnitDecoder
 
 
 def children() -> list[int]:
@@ -79,6 +81,18 @@ def test_processes_stream_through_a_ring(clip):
     assert torch.equal(torch.cat([group.frames for group in groups]), whole.frames)
 
 
+def test_large_frames_stream_through_a_ring(clip, monkeypatch):
+    """Its slots are then no more than a group has; what was delivered is not written again."""
+    monkeypatch.setattr("tokenprune.media.decode.AHEAD_BYTES", 1)
+    path = clip("h264_all_intra").path
+    whole = read_video(path, frames=72)
+    for first in (2, 4):
+        groups = list(
+            stream_video(path, frames=72, group=4, first_group=first, worker_kind="process")
+        )
+        assert torch.equal(torch.cat([group.frames for group in groups]), whole.frames)
+
+
 def test_shared_memory_outlives_the_reader(clip):
     video = read_video(clip("h264_bframes").path, frames=9, worker_kind="process", workers=1)
     gc.collect()
@@ -105,6 +119,62 @@ def test_death_of_a_process_is_noticed(clip):
         os.kill(pid, signal.SIGKILL)
     with pytest.raises(DecodeError, match=r"cannot decode '.*mp4': a decoding process died \(SIGK"):
         list(stream)
+
+
+def test_death_of_one_of_several_is_noticed(clip):
+    stream = stream_video(
+        clip("h264_all_intra").path, frames=72, group=4, workers=3, worker_kind="process"
+    )
+    next(stream)
+    os.kill(children()[0], signal.SIGKILL)
+    with pytest.raises(DecodeError, match="a decoding process died"):
+        list(stream)
+
+
+def test_a_process_that_hangs_is_given_up(clip):
+    stream = stream_video(
+        clip("h264_all_intra").path,
+        frames=72,
+        group=4,
+        workers=1,
+        worker_kind="process",
+        timeout_seconds=0.5,
+    )
+    next(stream)
+    (pid,) = children()
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(DecodeError, match=r"nothing was decoded for 0.5 seconds"):
+        list(stream)
+
+
+def test_processes_end_with_a_caller_that_was_killed(clip, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, subprocess, time\n"
+        "from tokenprune.media import stream_video\n"
+        f"stream = stream_video({str(clip('h264_all_intra').path)!r}, frames=72, group=4,"
+        " workers=2, worker_kind='process')\n"
+        "next(stream)\n"
+        "print(subprocess.run(['pgrep', '-P', str(os.getpid()), 'python'], capture_output=True,"
+        " text=True).stdout.split(), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    caller = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    workers = [int(pid) for pid in ast.literal_eval(caller.stdout.readline())]
+    caller.kill()
+    caller.communicate()
+    assert len(workers) == 2
+    end = time.monotonic() + 10
+    while any(map(is_running, workers)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(is_running, workers))
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_error_in_a_process_reaches_the_caller(clip, tmp_path):
@@ -152,6 +222,53 @@ def test_a_worker_that_hangs_is_given_up(clip, monkeypatch):
             thread.join(5)
 
 
+def test_an_error_comes_at_its_frame(clip, monkeypatch):
+    """Groups before it arrive, also if their units take longer."""
+    path = clip("h264_all_intra").path
+    index = index_video(path)
+    units = plan_units(index, np.arange(72), 3)
+    bad = next(unit for unit in units if unit.row >= 40)
+    decode = UnitDecoder.decode
+
+    def fail_at_one(self, unit):
+        if unit.row == bad.row:
+            raise RuntimeError("no more memory")
+        time.sleep(0.05)
+        decode(self, unit)
+
+    monkeypatch.setattr(UnitDecoder, "decode", fail_at_one)
+    for _ in range(3):
+        taken = []
+        with pytest.raises(DecodeError, match="no more memory"):
+            for group in stream_video(path, frames=72, group=4, first_group=4, workers=3):
+                taken += group.indices.tolist()
+        assert taken == list(range(bad.row // 4 * 4))
+
+
+def test_threads_that_cannot_be_started_leave_nothing(clip, monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def limited(thread):
+        if started and thread.name.startswith("tokenprune"):
+            raise RuntimeError("can't start new thread")
+        started.append(thread.name)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        read_video(clip("h264_all_intra").path, frames=72, workers=3, worker_kind="process")
+    assert len(started) == 1
+
+
+def test_cores_without_units_serve_the_codec(clip):
+    index = index_video(clip("h264_one_keyframe").path)
+    bounds = group_bounds(1, 1, 1)
+    decoder = FrameDecoder(index, np.array([71]), (8, 8), bounds=bounds, window=1, workers=4)
+    worker = decoder._worker(0)
+    assert len(decoder._threads) == 1 and worker._quick._context.thread_count == 4
+    worker.close()
+
+
 def test_closing_does_not_wait_for_the_unit(clip):
     """A file with one keyframe is one unit, of which only the last frame is wanted."""
     index = index_video(clip("h264_one_keyframe").path)
@@ -169,7 +286,9 @@ def test_no_more_is_decoded_and_read_than_planned(worker_kind, clip, monkeypatch
     index = index_video(clip("h264_bframes").path)
     for wanted in ([5], [1, 70], [30, 31, 50], list(range(72))):
         units = plan_units(index, np.array(wanted))
-        video = read_video(clip("h264_bframes").path, indices=wanted, worker_kind=worker_kind)
+        video = read_video(
+            clip("h264_bframes").path, indices=wanted, workers=1, worker_kind=worker_kind
+        )
         packets = sum(unit.last - unit.first + 1 for unit in units)
         if worker_kind == "thread":  # the patch stays in this process
             assert video.bytes_read == sum(unit.size_bytes for unit in units)
@@ -218,6 +337,10 @@ def test_a_ring_has_no_name():
         ({"worker_kind": "fiber"}, 'worker_kind must be "thread" or "process", got \'fiber\''),
         ({"backend": "guess"}, "backend must be .*, got 'guess'"),
         ({"timeout_seconds": 0}, "timeout_seconds must be above 0, got 0"),
+        (
+            {"worker_kind": "process", "backend": "decord"},
+            "worker_kind='process' is for our own decoder, but decord",
+        ),
     ],
 )
 def test_wrong_workers_fail(arguments, message, clip):

@@ -7,7 +7,7 @@ from tokenprune.media.loader import register_with_transformers
 from tokenprune.media.message import read_message
 from tokenprune.media.reader import VideoReader, read_video, stream_video
 from tokenprune.media.sample import SizeRule
-from tokenprune.media.size import PixelLimits, ShortestEdge
+from tokenprune.media.size import PixelLimits, ShortestEdge, VolumeLimits
 from tokenprune.media.video import Timings, Video
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Video",
     "VideoInfo",
     "VideoReader",
+    "VolumeLimits",
     "index_video",
     "log_mel",
     "probe",

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import av
@@ -17,8 +17,9 @@ from tokenprune.media.files import open_media, packets_of
 
 Samples = NDArray[np.float32]
 
-GAP_SECONDS = 0.1  # less than this between two pieces of sound is rounding
-JUMP_SECONDS = 10.0  # more than this is a new clock, and nothing is missing
+GAP_SECONDS = 0.1  # less than this between two pieces of sound may be rounding
+JUMP_SECONDS = 10.0  # a longer gap is believed if the piece after it agrees
+LONGEST_GAP_SECONDS = 3600.0  # more than this is a new clock, and nothing is missing
 
 
 def read_audio(
@@ -32,8 +33,9 @@ def read_audio(
 ) -> Tensor:
     """Decode a sound track to one channel, the mean of all, at the rate asked for.
 
-    Where a piece is lost or cannot be decoded, silence takes its place, so that all else stays in
-    time.
+    Where a piece is lost or cannot be decoded, or the track pauses, silence takes its place, so
+    that all else stays in time to a tenth of a second. A gap of more than an hour, or back in time,
+    is taken for a new clock of joined files, whose sound follows at once.
 
     Args:
         path: a local file, with or without video.
@@ -113,20 +115,42 @@ def _cut(parts: Iterator[Samples], lead: int, begin: int, stop: int | None) -> t
 
 def _resample(frames: Iterator[Any], sampling_rate: int) -> Iterator[Samples]:
     """One channel at the new rate: the mean of all, which never exceeds full scale."""
-    kind = resampler = due = None
-    for frame in frames:
-        lost = 0.0 if due is None or frame.time is None else frame.time - due
-        if GAP_SECONDS < lost < JUMP_SECONDS:
+    kind = resampler = due = None  # due: where, on the file's clock, the sound given so far ends
+    for frame, after in pairwise(chain(frames, [None])):
+        due = frame.time if due is None else due
+        lost = _lost(frame, after, due)
+        if lost > 0:
             yield from _mono(resampler, None)
             yield np.zeros(round(lost * sampling_rate), np.float32)
             kind = None
+        due = frame.time if lost else due
         if kind != (frame.layout.name, frame.format.name, frame.sample_rate):  # may change midway
             yield from _mono(resampler, None)
             kind = (frame.layout.name, frame.format.name, frame.sample_rate)
             resampler = av.AudioResampler(format="fltp", rate=sampling_rate)
-        due = None if frame.time is None else frame.time + frame.samples / frame.sample_rate
+        due = None if due is None else due + frame.samples / frame.sample_rate
         yield from _mono(resampler, frame)
     yield from _mono(resampler, None)
+
+
+def _lost(frame: Any, after: Any, due: float | None) -> float:
+    """Seconds of sound that lack before a frame; below 0 where a new clock begins, 0 for neither.
+
+    Args:
+        frame: what comes.
+        after: what comes then, or None.
+        due: when it should have come, None if that is not known.
+    """
+    if frame.time is None or due is None:
+        return 0.0
+    lost: float = frame.time - due
+    if abs(lost) <= GAP_SECONDS:
+        return 0.0
+    if not 0 < lost < JUMP_SECONDS:
+        end = frame.time + frame.samples / frame.sample_rate
+        if after is None or after.time is None or abs(after.time - end) > GAP_SECONDS:
+            return 0.0  # one damaged time among good ones
+    return lost if lost < LONGEST_GAP_SECONDS else -lost
 
 
 def _mono(resampler: Any, frame: Any) -> list[Samples]:

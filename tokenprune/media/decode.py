@@ -95,8 +95,12 @@ class FrameDecoder:
         ]
 
     def __enter__(self) -> "FrameDecoder":
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:  # the system has no more threads to give
+            self.close()
+            raise
         return self
 
     def __exit__(
@@ -183,7 +187,7 @@ class FrameDecoder:
 
     def _next_unit(self) -> Unit | None:
         with self._turn:
-            unit = next(self._units, None)
+            unit = None if self._rows.failed else next(self._units, None)
             if unit is not None:
                 self._rows.await_room(unit.row)
             return unit

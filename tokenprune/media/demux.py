@@ -1,6 +1,6 @@
 """Reading the packets of a run from the file, by reading on or by a seek that is checked."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,12 +26,16 @@ class PacketReader:
     Each packet is compared with the index, so that a bad seek, or a file that changed, cannot go
     unnoticed.
 
+    Args:
+        index: the packet index.
+        at_each: called for each packet that is read, also for those passed over; it may raise.
+
     Attributes:
         bytes_read: bytes of video packets read so far, those passed over included.
     """
 
-    def __init__(self, index: PacketIndex) -> None:
-        self._index = index
+    def __init__(self, index: PacketIndex, at_each: Callable[[], None] = lambda: None) -> None:
+        self._index, self._at_each = index, at_each
         self.bytes_read = 0
         self._may_seek = index.seekable
         self._offset = np.concatenate([[0], np.cumsum(index.size)])
@@ -57,7 +61,7 @@ class PacketReader:
             if packet is None or not self._is_expected(packet):
                 if not self._sought:
                     name = self._index.info.path
-                    raise IndexMismatch(f"{name!r} changed while it was read; read it again")
+                    raise IndexMismatch(f"{name!r} changed since it was opened; open it again")
                 self._may_seek = False  # this file's seeks cannot be trusted: once more from 0
                 resume = max(resume, self._at)
                 self._reopen()
@@ -142,6 +146,7 @@ class PacketReader:
         except av.error.FFmpegError:  # where the scan ended, too
             return None
         self.bytes_read += packet.size if packet is not None else 0
+        self._at_each()
         return packet
 
     def _reopen(self) -> None:

@@ -17,7 +17,7 @@ def open_media(path: str | os.PathLike[str]) -> Iterator[Any]:
     name = os.fspath(path)
     check_file(name)
     try:
-        container = av.open(name, metadata_errors="replace")
+        container = av.open(_no_protocol(name), metadata_errors="replace")
     except (av.error.FFmpegError, OSError) as error:
         raise DecodeError(
             f"cannot read {name!r} as media: {error.strerror}; give a video, an image or a sound"
@@ -28,6 +28,11 @@ def open_media(path: str | os.PathLike[str]) -> Iterator[Any]:
         yield container
     finally:
         container.close()
+
+
+def _no_protocol(name: str) -> str:
+    """A name in which no colon can be taken for the end of a protocol's name."""
+    return os.path.join(os.curdir, name) if ":" in name and not os.path.isabs(name) else name
 
 
 def check_file(path: str | os.PathLike[str]) -> None:

@@ -5,6 +5,7 @@ declares about counts, duration or rate.
 """
 
 import os
+from array import array
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -67,7 +68,7 @@ class VideoInfo:
 
 
 _HELD_AT_BREAK = 2  # packets that a demuxer may hold
-_LOOKS = 64  # packets to decode at most until the first picture comes out
+_LOOKS = 64  # packets among which the first picture comes, or a file is scanned
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -123,6 +124,10 @@ class PacketIndex:
         """Whether a time on the clock names one point of the file."""
         return self.timed and int(self.epoch[-1]) == 0
 
+    def times_of(self, ranks: Ints) -> Ints:
+        """Presentation times of frames, in ticks."""
+        return self.pts[self.order[ranks]]
+
     def before_break(self, packet: int) -> bool:
         """Whether the file's clock breaks right after this packet.
 
@@ -162,7 +167,7 @@ def index_video(path: str | os.PathLike[str], *, scan: bool = False) -> PacketIn
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
-    """Say what a video file holds, by a packet scan.
+    """Say what a video file holds, by its packet index.
 
     Raises:
         MediaError: as `index_video`.
@@ -192,12 +197,8 @@ class _Look:
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
-        self.pts: list[int] = []
-        self.dts: list[int] = []
-        self.size: list[int] = []
-        self.duration: list[int] = []
-        self.keyframe: list[bool] = []
-        self.shown: list[int] = []
+        self.pts, self.dts, self.size = array("q"), array("q"), array("q")
+        self.duration, self.shown, self.keyframe = array("q"), array("q"), array("b")
         self.first_picture: Any = None
         self.error: str | None = None
 
@@ -208,10 +209,12 @@ class _Look:
                 self._add(packet)
                 if self.first_picture is not None or len(self.size) == _LOOKS:
                     break
+            else:
+                self._look(None)
         except av.error.FFmpegError:
             return None
         seen = len(self.size)
-        if not seen or len(table.size) < seen or NO_TIME in self.pts:
+        if self.first_picture is None or len(table.size) < seen or NO_TIME in self.pts:
             return None
         columns = _Columns(
             pts=table.dts + table.shift + (self.pts[0] - table.dts[0] - table.shift[0]),
@@ -222,15 +225,18 @@ class _Look:
             shown=np.flatnonzero(~table.discard),
         )
         for name in ("pts", "dts", "size", "duration", "keyframe"):
-            if getattr(columns, name)[:seen].tolist() != getattr(self, name):
+            if getattr(columns, name)[:seen].tolist() != getattr(self, name).tolist():
                 return None
-        return columns if self.shown == columns.shown[columns.shown < seen].tolist() else None
+        known = columns.shown[columns.shown < seen].tolist()
+        return columns if self.shown.tolist() == known else None
 
     def scan(self, container: Any) -> _Columns:
         """What all packets tell, to the end of the file or to where it cannot be read on."""
         try:
             for packet in packets_of(container, self.stream):
                 self._add(packet)
+            if self.first_picture is None:
+                self._look(None)
         except av.error.FFmpegError as error:
             self.error = error.strerror
         return _Columns(
@@ -243,7 +249,7 @@ class _Look:
         )
 
     def _add(self, packet: Any) -> None:
-        if self.first_picture is None and len(self.size) < _LOOKS:
+        if self.first_picture is None:
             self._look(packet)
         if not (packet.is_discard or is_hidden(self.stream, packet)):
             self.shown.append(len(self.size))
@@ -256,6 +262,7 @@ class _Look:
         self.keyframe.append(packet.is_keyframe and not gradual)
 
     def _look(self, packet: Any) -> None:
+        """Decode a packet; for None, at the end of the file, what the decoder holds back."""
         try:
             self.first_picture = next(iter(self.stream.codec_context.decode(packet)), None)
         except av.error.FFmpegError:

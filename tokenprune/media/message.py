@@ -11,7 +11,7 @@ from tokenprune.errors import MediaError
 from tokenprune.media.decode import WorkerKind
 from tokenprune.media.index import Ints, PacketIndex
 from tokenprune.media.reader import VideoReader
-from tokenprune.media.size import TOKEN_PIXELS, PixelLimits
+from tokenprune.media.size import MAX_TOKENS, MIN_TOKENS, PixelLimits
 from tokenprune.media.video import Video
 
 FRAME_MULTIPLE = 2  # frames of a temporal patch
@@ -28,7 +28,7 @@ NUMBERS = (
     "resized_height",
     "resized_width",
 )
-TOTAL_PIXELS = 128_000 * TOKEN_PIXELS * 9 // 10
+TOTAL_TOKENS = 128_000 * 0.9
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def read_message(
     spread evenly over the range, an even number, from `min_frames` (4) to `max_frames` (768);
     `video_start` and `video_end` give the range in seconds; `min_pixels`, `max_pixels` and
     `total_pixels` limit the size (see `PixelLimits`), `resized_height` and `resized_width` set it.
+    As there, `max_pixels` cannot raise a frame above 768 tokens, unless `min_pixels` asks for it.
     Times are those of the frames themselves, also where their rate varies.
 
     Args:
@@ -63,6 +64,10 @@ def read_message(
         multiple: sides are multiples of this: 28 in Qwen2-VL and Qwen2.5-VL, 32 in Qwen3-VL.
         workers: see `read_video`.
         worker_kind: see `read_video`.
+
+    Returns:
+        The frames in order, at the size that the message asks for; a processor is to be told
+        `do_resize=False` and `do_sample_frames=False`, and given `metadata`.
 
     Raises:
         MediaError: a key is unknown or has no sense, or the file cannot be used.
@@ -125,9 +130,12 @@ def _count(part: _Part, index: PacketIndex, available: int) -> int:
         return min(count, available)
     least = math.ceil(part.get("min_frames", 4) / FRAME_MULTIPLE) * FRAME_MULTIPLE
     most = math.floor(part.get("max_frames", 768) / FRAME_MULTIPLE) * FRAME_MULTIPLE
+    if "min_frames" not in part.numbers:
+        least = min(least, most)
     if not least <= most:
         raise MediaError(f"min_frames must not exceed max_frames, got {least} and {most}")
-    count = math.floor(available / index.info.average_fps * part.get("fps", 2.0))
+    # A little more, since a file's rate is rounded to ticks of its clock.
+    count = math.floor(available / index.info.average_fps * part.get("fps", 2.0) + 1e-6)
     count = min(max(count, least), most, available)
     return max(count // FRAME_MULTIPLE * FRAME_MULTIPLE, min(available, FRAME_MULTIPLE))
 
@@ -137,11 +145,13 @@ def _size(part: _Part, multiple: int) -> PixelLimits | tuple[int, int]:
         sides = part.numbers["resized_height"], part.numbers["resized_width"]
         height, width = (max(1, round(side / multiple)) * multiple for side in sides)
         return height, width
-    least = int(part.get("min_pixels", 128 * TOKEN_PIXELS))
-    most = int(part.get("max_pixels", 768 * TOKEN_PIXELS))
+    token = multiple**2
+    least = int(part.get("min_pixels", MIN_TOKENS * token))
+    cap = max(MAX_TOKENS * token, int(least * 1.05))
+    most = min(int(part.get("max_pixels", cap)), cap)
     return PixelLimits(
         multiple=multiple,
         min_pixels=min(least, most) if "min_pixels" not in part.numbers else least,
         max_pixels=most,
-        total_pixels=int(part.get("total_pixels", TOTAL_PIXELS)),
+        total_pixels=int(part.get("total_pixels", TOTAL_TOKENS * token)),
     )

@@ -20,6 +20,7 @@ from tokenprune.media.refresh import HEAD_BYTES, is_gradual
 
 Ints = NDArray[np.int64]
 LARGEST_MOOV_BYTES = 1 << 28
+LARGEST_COUNT = 1 << 24  # samples: three days of 60 frames a second
 _ENTRY = attrgetter("timestamp", "pos", "size", "flags")
 LOOKS = 16  # keyframes to look at; the others are when they are decoded
 
@@ -204,7 +205,10 @@ def _words(box: bytes, start: int, kind: str) -> Ints:
 def _edit_count(box: bytes) -> int:
     """Edits that show something: others only delay the start."""
     step = 20 if box and box[0] else 12
-    times = [box[8 + step * n :][: step - 4] for n in range(struct.unpack_from(">I", box, 4)[0])]
+    count = struct.unpack_from(">I", box, 4)[0]
+    if len(box) < 8 + step * count:
+        raise ValueError("an edit list shorter than it says")
+    times = [box[8 + step * n :][: step - 4] for n in range(count)]
     if any(box[8 + step * n + step - 4 :][:4] != b"\0\1\0\0" for n in range(len(times))):
         raise ValueError("an edit changes the speed")
     half = (step - 4) // 2
@@ -213,13 +217,14 @@ def _edit_count(box: bytes) -> int:
 
 def _sizes(box: bytes) -> Ints:
     same, count = struct.unpack_from(">II", box, 4)
+    if count > LARGEST_COUNT:
+        raise ValueError("more samples than a table could tell of")
     return np.full(count, same, np.int64) if same else _words(box, 12, ">u4")[:count]
 
 
 def _runs(box: bytes, samples: int) -> Ints:
     """`[S]` values stored as pairs of a count and a value."""
     pairs = _words(box, 8, ">i4").reshape(-1, 2)
-    values = np.repeat(pairs[:, 1], pairs[:, 0])
-    if len(values) != samples:
+    if (pairs[:, 0] < 0).any() or int(pairs[:, 0].sum()) != samples:  # before memory is taken
         raise ValueError("times and samples differ in number")
-    return values
+    return np.repeat(pairs[:, 1], pairs[:, 0])

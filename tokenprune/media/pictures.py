@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -17,6 +17,7 @@ from tokenprune.media.index import Ints, PacketIndex
 from tokenprune.media.plan import has_leading
 
 Write = Callable[[int, Any, bool], bool]
+Substitute = Literal["earlier", "any"]
 GBR = (1, 2, 0)  # planes of swscale's planar RGB, as channels
 
 
@@ -125,7 +126,7 @@ def fill(
     rows: Iterable[int],
     write: Write,
     *,
-    substitute: bool,
+    substitute: Substitute | None,
     counted: bool,
 ) -> list[int]:
     """Write the pictures that are wanted to their rows.
@@ -137,7 +138,7 @@ def fill(
         write: takes a row, the picture for it, and whether that is a substitute; False if the row
             cannot be written now.
         substitute: where a wanted picture does not come, or is damaged, write the nearest earlier
-            sound one; or, if there is none, the next sound one; or else what there is.
+            sound one; with "any", if there is none, the next sound one, or else what there is.
         counted: places are counted, so damaged pictures are written as they come.
 
     Returns:
@@ -153,17 +154,19 @@ def fill(
                 lost.append(row)
         if not damaged:
             sound = picture
-            if substitute:  # before the row that is due: rows come in order
+            if substitute == "any":  # before the row that is due: rows come in order
                 lost = _write_all(lost, picture, write)
         if due and due[0][0] == place and not write(due[0][1], picture, damaged):
             break  # behind a gap, and outside the window: so are all that follow
         if due and due[0][0] == place:
             due.popleft()
         latest = picture
-        if not due and not (substitute and lost):
+        if not due and not (substitute == "any" and lost):
             return lost
-    lost += [row for _, row in due]
-    return _write_all(lost, sound or latest, write) if substitute else lost
+    rest = [row for _, row in due]
+    if substitute == "any":
+        return _write_all(lost + rest, sound or latest, write)
+    return lost + (_write_all(rest, sound, write) if substitute else rest)
 
 
 def _write_all(rows: list[int], picture: Any, write: Write) -> list[int]:

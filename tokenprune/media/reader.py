@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tokenprune.errors import MediaError
+from tokenprune.errors import DecodeError, MediaError
 from tokenprune.media.backends import LIBRARIES, Backend, LibraryDecoder, check_backend
 from tokenprune.media.decode import FrameDecoder, Group, WorkerKind
 from tokenprune.media.demux import IndexMismatch
@@ -52,6 +52,12 @@ class Request:
 class VideoReader:
     """A video file, indexed once, from which frames can be read as often as wanted.
 
+    ```python
+    reader = VideoReader("match.mp4")
+    few = reader.read(frames=8)
+    late = reader.read(fps=2, start=60.0)  # the file is not indexed again
+    ```
+
     It holds no open file and no workers: those live as long as a call, or a stream.
 
     Args:
@@ -63,7 +69,8 @@ class VideoReader:
         backend: "pyav", our own decoder, or a library to compare it with: "decord" or
             "torchcodec", which decode in the caller's thread, and give only what they are known to
             give right: others than plain MP4 and Matroska files are refused.
-        timeout_seconds: give up when no worker gets on for so long.
+        timeout_seconds: give up when no worker gets on for so long; indexing, and other backends,
+            are not timed.
 
     Attributes:
         info: what the file holds.
@@ -85,6 +92,11 @@ class VideoReader:
     ) -> None:
         self._workers = worker_count(workers)
         self._kind = _check_kind(worker_kind)
+        if worker_kind is not None and backend in LIBRARIES:
+            raise MediaError(
+                f"worker_kind={worker_kind!r} is for our own decoder, but {backend} decodes in the "
+                "caller's thread; leave it out"
+            )
         check_backend(backend)
         self._backend = backend
         if not timeout_seconds > 0:
@@ -198,20 +210,36 @@ class VideoReader:
     def _decode(
         self, request: Request, ranks: Ints, size: tuple[int, int], cut: Callable[[int], Ints]
     ) -> Generator[Video, None, None]:
-        bounds = cut(len(ranks))
-        decoder = self._decoder(ranks, size, bounds)
-        given = 0
-        try:
-            with decoder:
-                for part in decoder.groups():
-                    yield self._video(decoder, part, ranks)
-                    given += 1
-        except IndexMismatch:
-            # The file's table was wrong: a scan knows better. What was delivered stays delivered.
-            if self.index.scanned or given:
-                raise
-            self._index(self.info.path, scan=True)
-            yield from self._groups(request, request.ranks(self.index), cut)
+        given = pictures = size_read = 0
+        while given < len(ranks):
+            bounds, rest = cut(len(ranks)), ranks[given:]
+            decoder = self._decoder(rest, size, bounds[bounds >= given] - given)
+            try:
+                with decoder:
+                    for part in decoder.groups():
+                        yield self._video(decoder, part, rest, pictures, size_read)
+                        given += len(part.frames)
+            except IndexMismatch:
+                if self.index.scanned:
+                    raise
+                # The file's table was wrong: a scan knows better.
+                pictures += decoder.pictures_decoded
+                size_read += decoder.bytes_read
+                ranks = self._scan_anew(request, ranks[:given])
+                size = size if given else resolve_size(request.size, self.info, len(ranks))
+
+    def _scan_anew(self, request: Request, delivered: Ints) -> Ints:
+        """The ranks asked for by the index of a scan, which must begin with those delivered."""
+        known = self.index
+        self._index(known.info.path, scan=True)
+        ranks = np.unique(request.ranks(self.index))
+        same = np.array_equal(ranks[: len(delivered)], delivered)
+        if not (same and np.array_equal(known.times_of(delivered), self.index.times_of(delivered))):
+            raise DecodeError(
+                f"the table of packets in {known.info.path!r} is wrong, which was found out after"
+                f" {len(delivered)} frames; let a tool write the file anew, or use read_video"
+            )
+        return ranks
 
     def _decoder(
         self, ranks: Ints, size: tuple[int, int], bounds: Ints
@@ -230,7 +258,15 @@ class VideoReader:
             timeout_seconds=self._timeout,
         )
 
-    def _video(self, decoder: FrameDecoder | LibraryDecoder, part: Group, ranks: Ints) -> Video:
+    def _video(
+        self,
+        decoder: FrameDecoder | LibraryDecoder,
+        part: Group,
+        ranks: Ints,
+        pictures: int,
+        size_read: int,
+    ) -> Video:
+        """The frames of a part; what decoders before this one did is counted as well."""
         here = ranks[part.first : part.first + len(part.frames)]
         return Video(
             frames=part.frames,
@@ -238,11 +274,11 @@ class VideoReader:
             indices=torch.from_numpy(here),
             info=self.info,
             substituted=part.substituted,
-            pictures_decoded=decoder.pictures_decoded,
+            pictures_decoded=pictures + decoder.pictures_decoded,
             timings=Timings(
                 0.0 if part.first else self.index_seconds, part.wait_seconds, part.effort
             ),
-            bytes_read=decoder.bytes_read,
+            bytes_read=size_read + decoder.bytes_read,
         )
 
 
@@ -276,11 +312,16 @@ def read_video(
         end: seconds where it ends (exclusive); past the end of the video means its end.
         size: height and width of the frames, or a rule that makes them from the source's height,
             its width, and the number of frames, since some models share a budget of pixels over
-            them; None keeps the source's size. Frames are scaled in the decoder (bilinear).
+            them: `PixelLimits`, `VolumeLimits` and `ShortestEdge` are such rules. None keeps the
+            source's size. Frames are scaled in the decoder (bilinear).
         workers: how many decode at a time; None means one for each core we may use.
         worker_kind: "thread" (the default) or "process", see `VideoReader`.
         backend: what decodes: "pyav", "decord" or "torchcodec", see `VideoReader`.
         timeout_seconds: give up when no worker gets on for so long.
+
+    Returns:
+        The frames, in the order asked for, with their times and ranks; `damaged` says how many are
+        substitutes.
 
     Raises:
         MediaError: the file cannot be used, or what is asked of it is not in it.
@@ -324,6 +365,9 @@ def stream_video(
         path: a local file.
         group: frames in each group; the last may be smaller.
         first_group: frames in the first group; None means 4, or `group` if that is less.
+
+    Returns:
+        An iterator over groups.
 
     Raises:
         MediaError: as `read_video`; what is asked is checked at once, before the first group.

@@ -133,27 +133,30 @@ class Rows:
         """Rows before this one may be written."""
         return self._taken + self._window
 
+    @property
+    def failed(self) -> bool:
+        """Whether no unit is to be begun any more: rows of one of them will never come."""
+        return self._error is not None
+
     def check(self) -> None:
         """See `RowSink`."""
-        if self._is_over:
+        if self._closed:
             raise Stopped
-
-    @property
-    def _is_over(self) -> bool:
-        return self._closed or self._error is not None
 
     def await_room(self, row: int) -> None:
         """Wait until a row lies in the window.
 
         Raises:
-            Stopped: nothing is to be written any more.
+            Stopped: it will not, since the reader was closed, or rows before it will never come.
         """
         with self._change:
             if row >= self.limit:  # who waits does not work
                 self._effort.note(self._group(row))
                 self._effort.end()
-                self._change.wait_for(lambda: row < self.limit or self._is_over)
+                self._change.wait_for(lambda: row < self.limit or self._closed or self.failed)
                 self._effort.begin()
+                if row >= self.limit:
+                    raise Stopped
         self.check()
 
     @contextmanager
@@ -199,7 +202,10 @@ class Rows:
                 self._change.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """End all writing; the error is raised where rows are missed. The first one counts."""
+        """Begin nothing more; the error is raised where rows are missed. The first one counts.
+
+        Rows before those that will never come are still under way, and their groups are delivered.
+        """
         with self._change:
             self._error = self._error or error
             self._change.notify_all()
@@ -238,7 +244,7 @@ class Rows:
         """
         done, moved = progress(), time.monotonic()
         with self._change:
-            while self._left[number] and not self._is_over and is_alive():
+            while self._left[number] and not self._closed and is_alive():
                 self._change.wait(min(1.0, patience))
                 if done != progress():
                     done, moved = progress(), time.monotonic()
@@ -261,7 +267,7 @@ class Rows:
         if self._ring is None:
             return self._blocks.pop(number)
         slots = self._ring.rows
-        if len(slots) == end - first:
+        if len(self._left) == 1:  # a read: no slot is written again
             return slots
         taken: Picture = slots[np.arange(first, end) % len(slots)]
         return taken

@@ -13,6 +13,7 @@ SizeRule = Callable[[int, int, int], tuple[int, int]]
 
 DEFAULT_FRAMES = 64
 LARGEST_SIDE = 16384
+HIGHEST_RATE = 1000.0  # frames a second
 
 
 def choose_ranks(
@@ -104,8 +105,9 @@ def _by_count(index: PacketIndex, frames: int, begin: float, stop: float) -> Int
 
 
 def _by_rate(index: PacketIndex, fps: float, begin: float, stop: float) -> Ints:
+    if fps > HIGHEST_RATE:  # more often than frames change: all of them
+        return np.arange(_on_screen(index, np.array([begin]))[0], _before(index, stop) + 1)
     count = max(1, math.ceil((stop - begin) * fps - 1e-6))
-    count = min(count, index.info.frame_count * 2 + 1) if fps > 1000 else count
     return np.unique(_on_screen(index, begin + np.arange(count) / fps))
 
 

@@ -28,6 +28,7 @@ class Decoded:
         indices: presentation rank of each.
         pts_seconds: time of each.
         damaged: how many are substitutes.
+        damaged_indices: presentation rank of those.
         pictures_decoded: pictures that the decoders gave.
         bytes_read: bytes of packets that were read for them.
         index_seconds: time spent on the index.
@@ -42,6 +43,7 @@ class Decoded:
     indices: list[int]
     pts_seconds: list[float]
     damaged: int
+    damaged_indices: list[int]
     pictures_decoded: int
     bytes_read: int
     index_seconds: float
@@ -106,6 +108,7 @@ def decode_to(
         indices=[rank for part in parts for rank in part.indices.tolist()],
         pts_seconds=[time for part in parts for time in part.pts_seconds.tolist()],
         damaged=sum(part.damaged for part in parts),
+        damaged_indices=[r for part in parts for r in part.indices[part.substituted].tolist()],
         pictures_decoded=last.pictures_decoded,
         bytes_read=last.bytes_read,
         index_seconds=reader.index_seconds,

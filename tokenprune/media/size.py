@@ -5,18 +5,23 @@ from dataclasses import dataclass
 
 from tokenprune.errors import MediaError
 
-TOKEN_PIXELS = 28 * 28  # pixels that Qwen-VL makes a token of, two frames deep
+MIN_TOKENS, MAX_TOKENS = 128, 768  # of a frame, by default; a token is `multiple` pixels a side
+LONGEST = 200  # times as long as wide
 
 
 @dataclass(frozen=True)
 class PixelLimits:
-    """The rule of Qwen-VL: sides in whole tokens, about the source's shape, so many pixels.
+    """The rule of Qwen-VL's messages: sides in whole tokens, about the source's shape, and limits
+    to the pixels of a frame.
+
+    Qwen2-VL's and Qwen2.5-VL's processors have the same rule, without `total_pixels`. Qwen3-VL's
+    has `VolumeLimits`; tell it `do_resize=False` to keep what this rule made.
 
     Attributes:
         multiple: sides are multiples of this: the side of a patch times the merge, 28 in Qwen2-VL
             and Qwen2.5-VL, 32 in Qwen3-VL.
-        min_pixels: of a frame; smaller ones are enlarged.
-        max_pixels: of a frame; larger ones are reduced.
+        min_pixels: of a frame; smaller ones are enlarged. None means 128 tokens.
+        max_pixels: of a frame; larger ones are reduced. None means 768 tokens.
         total_pixels: that the frames share, two of them counted as one since they make one token;
             None for no such limit. Alone it never pushes a frame below 1.05 times `min_pixels`.
 
@@ -26,41 +31,96 @@ class PixelLimits:
     """
 
     multiple: int = 28
-    min_pixels: int = 128 * TOKEN_PIXELS
-    max_pixels: int = 768 * TOKEN_PIXELS
+    min_pixels: int | None = None
+    max_pixels: int | None = None
     total_pixels: int | None = None
 
     def __post_init__(self) -> None:
-        if self.multiple < 1:
-            raise MediaError(f"multiple must be at least 1, got {self.multiple}")
-        if not 0 < self.min_pixels <= self.max_pixels:
-            raise MediaError(
-                "min_pixels and max_pixels must satisfy 0 < min_pixels <= max_pixels, got"
-                f" {self.min_pixels} and {self.max_pixels}"
-            )
+        _check_limits(self.multiple, *self._limits)
         if self.total_pixels is not None and self.total_pixels < 1:
             raise MediaError(f"total_pixels must be at least 1, got {self.total_pixels}")
 
     def __call__(self, height: int, width: int, frames: int) -> tuple[int, int]:
         """Height and width for frames of a source of this size."""
-        if max(height, width) > 200 * min(height, width):
-            raise MediaError(
-                f"frames may be at most 200 times as long as wide, got {height}x{width}"
-            )
-        most: float = self.max_pixels
+        least, most = self._limits
         if self.total_pixels is not None:
             share = self.total_pixels * 2 / frames
-            most = min(most, max(share, int(self.min_pixels * 1.05)))
-        unit = self.multiple
-        rows, columns = round(height / unit), round(width / unit)
-        area = rows * columns * unit * unit
-        if area > most:
-            shrink = math.sqrt(height * width / most)
-            rows, columns = (math.floor(side / shrink / unit) for side in (height, width))
-        elif area < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / (height * width))
-            rows, columns = (math.ceil(side * grow / unit) for side in (height, width))
-        return max(1, rows) * unit, max(1, columns) * unit
+            most = min(most, max(share, int(least * 1.05)))
+        return _fit(height, width, self.multiple, least, most)
+
+    @property
+    def _limits(self) -> tuple[float, float]:
+        token = self.multiple**2
+        return (
+            MIN_TOKENS * token if self.min_pixels is None else self.min_pixels,
+            MAX_TOKENS * token if self.max_pixels is None else self.max_pixels,
+        )
+
+
+@dataclass(frozen=True)
+class VolumeLimits:
+    """The rule of Qwen3-VL's processor: as `PixelLimits`, but limits are of all frames together.
+
+    Attributes:
+        multiple: sides are multiples of this: the side of a patch times the merge.
+        min_pixels: of all frames; `size["shortest_edge"]` of a checkpoint's video processor.
+        max_pixels: of all frames; `size["longest_edge"]` there.
+
+    Raises:
+        MediaError: the limits contradict each other; or, when called, the picture is more than 200
+            times as long as wide.
+    """
+
+    multiple: int = 32
+    min_pixels: int = MIN_TOKENS * 32**2
+    max_pixels: int = MAX_TOKENS * 32**2
+
+    def __post_init__(self) -> None:
+        _check_limits(self.multiple, self.min_pixels, self.max_pixels)
+
+    def __call__(self, height: int, width: int, frames: int) -> tuple[int, int]:
+        """Height and width for frames of a source of this size."""
+        depth = max(2, frames)  # a single frame is shown twice
+        if min(height, width) < self.multiple:
+            scale = self.multiple / min(height, width)
+            height, width = int(height * scale), int(width * scale)
+        least, most = self.min_pixels / depth, self.max_pixels / depth
+        # Two frames make a token; a half pair counts as none or as one, whichever pair is even.
+        counted = round(depth / 2) * 2 / depth
+        return _fit(height, width, self.multiple, least, most, counted)
+
+
+def _check_limits(multiple: int, least: float, most: float) -> None:
+    if multiple < 1:
+        raise MediaError(f"multiple must be at least 1, got {multiple}")
+    if not 0 < least <= most:
+        raise MediaError(
+            "min_pixels and max_pixels must satisfy 0 < min_pixels <= max_pixels, got"
+            f" {least:g} and {most:g}"
+        )
+
+
+def _fit(
+    height: int, width: int, unit: int, least: float, most: float, counted: float = 1.0
+) -> tuple[int, int]:
+    """Sides in whole units, about the shape given, from `least` to `most` pixels.
+
+    Args:
+        counted: weight of the area when it is held against the limits.
+    """
+    if max(height, width) > LONGEST * min(height, width):
+        raise MediaError(
+            f"frames may be at most {LONGEST} times as long as wide, got {height}x{width}"
+        )
+    rows, columns = round(height / unit), round(width / unit)
+    area = rows * columns * unit * unit * counted
+    if area > most:
+        shrink = math.sqrt(height * width / most)
+        rows, columns = (math.floor(side / shrink / unit) for side in (height, width))
+    elif area < least:
+        grow = math.sqrt(least / (height * width))
+        rows, columns = (math.ceil(side * grow / unit) for side in (height, width))
+    return max(1, rows) * unit, max(1, columns) * unit
 
 
 @dataclass(frozen=True)

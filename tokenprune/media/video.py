@@ -39,12 +39,13 @@ class Video:
         indices: int64 `[F]` presentation rank of each: 0 is the first frame of the video.
         info: the whole video.
         substituted: bool `[F]`, True where a damaged frame is replaced by the nearest earlier one
-            that can be decoded.
-        pictures_decoded: pictures that the decoders gave, in a stream up to this group; 0 from
-            another backend than our own, for they do not tell.
+            that is sound; or, if there is none, by the next, or else by what could be decoded. In
+            files without presentation times (raw streams, H.264 in AVI) all that come after the
+            first damage are marked, and given as they come, since none is known by its time.
+        pictures_decoded: pictures that the decoders gave so far; in a stream that includes some of
+            the groups to come. 0 from another backend than our own, for they do not tell.
         timings: where the time went.
-        bytes_read: bytes of the video's packets that were read to decode them, in a stream up to
-            this group.
+        bytes_read: bytes of the video's packets that were read so far.
     """
 
     frames: Tensor
@@ -79,16 +80,26 @@ class Video:
         return int(self.substituted.sum())
 
     @property
+    def even_indices(self) -> Tensor:
+        """`[F]` which frame each would be if they came evenly: the ranks, but where rates vary."""
+        return (self.pts_seconds * self.info.average_fps).round().long()
+
+    @property
     def metadata(self) -> "VideoMetadata":
-        """What transformers' processors want to know; use it with `do_sample_frames=False`."""
+        """What transformers' processors want to know; use it with `do_sample_frames=False`.
+
+        Processors take a frame's time to be its index by the rate; so `frames_indices` are
+        `even_indices`.
+        """
         from transformers.video_utils import VideoMetadata
 
+        indices = self.even_indices.tolist()
         return VideoMetadata(
-            total_num_frames=self.info.frame_count,
+            total_num_frames=max(self.info.frame_count, 1 + max(indices)),
             fps=self.info.average_fps,
             width=self.frames.shape[3],
             height=self.frames.shape[2],
             duration=self.info.duration_seconds,
             video_backend="tokenprune",
-            frames_indices=self.indices.tolist(),
+            frames_indices=indices,
         )

@@ -8,11 +8,12 @@ import numpy as np
 from tokenprune.errors import DecodeError
 from tokenprune.media.demux import PacketReader
 from tokenprune.media.index import Ints, PacketIndex
-from tokenprune.media.pictures import PictureDecoder, Resizer, fill
+from tokenprune.media.pictures import PictureDecoder, Resizer, Substitute, fill
 from tokenprune.media.plan import Unit, earlier_start
 from tokenprune.media.rows import RowSink
 
-RETRY_KEYFRAMES = (0, 1, 4)  # how far back to begin again, leaving nothing out, for a lost frame
+EXACT_RETRIES = (0, 1)  # keyframes to begin again earlier, leaving nothing out, for a lost frame
+FURTHER = 4  # how many times as far each try looks for a picture that may stand for one
 
 
 class UnitDecoder:
@@ -32,7 +33,7 @@ class UnitDecoder:
     ) -> None:
         self._index, self._rows, self._counters = index, rows, counters
         self._resize = Resizer(size, index.info.rotation)
-        self._reader = PacketReader(index)
+        self._reader = PacketReader(index, self._at_packet)
         self._quick = PictureDecoder(index, threads)
         self._careful: PictureDecoder | None = None
 
@@ -53,20 +54,36 @@ class UnitDecoder:
         missing = list(range(unit.row, unit.row + len(unit.ranks)))
         skip = self._index.skippable
         missing = self._run(self._quick, unit, missing, unit.first, unit.last, skip=skip)
-        for keyframes in RETRY_KEYFRAMES:
+        for first, last, substitute in self._retries(unit):
             if not missing:
                 return
-            last_try = keyframes == RETRY_KEYFRAMES[-1]
-            first = earlier_start(self._index, unit.first, keyframes)
-            last = self._after(unit.last) if last_try else unit.last
             # One thread tells best which packet was damaged.
             self._careful = self._careful or PictureDecoder(self._index, 1)
             missing = self._run(
-                self._careful, unit, missing, first, last, skip=False, substitute=last_try
+                self._careful, unit, missing, first, last, skip=False, substitute=substitute
             )
         if missing:
             rank, name = unit.ranks[missing[0] - unit.row], self._index.info.path
-            raise DecodeError(f"{name!r} is damaged: nothing near frame {rank} can be decoded")
+            raise DecodeError(f"{name!r} is damaged: nothing is left to stand for frame {rank}")
+
+    def _retries(self, unit: Unit) -> Iterator[tuple[int, int, Substitute | None]]:
+        """From which packet to which to decode again, and what may stand for a lost frame.
+
+        First the frame itself; then a picture before it, looked for ever further back; then one
+        after it.
+        """
+        for keyframes in EXACT_RETRIES:
+            yield earlier_start(self._index, unit.first, keyframes), unit.last, None
+        keyframes, first, origin = FURTHER, -1, earlier_start(self._index, unit.first, 1 << 62)
+        while first != origin:
+            first = earlier_start(self._index, unit.first, keyframes)
+            yield first, unit.last, "earlier"
+            keyframes *= FURTHER
+        keyframes, last, end = FURTHER, -1, len(self._index.pts) - 1
+        while last != end:
+            last = self._after(unit.last, keyframes)
+            yield unit.first, last, "any"
+            keyframes *= FURTHER
 
     def _run(
         self,
@@ -77,13 +94,13 @@ class UnitDecoder:
         last: int,
         *,
         skip: bool,
-        substitute: bool = False,
+        substitute: Substitute | None = None,
     ) -> list[int]:
         """Decode and write; gives the rows that were not written."""
         ranks = unit.ranks[np.array(rows) - unit.row]
         wanted = self._index.order[ranks]
         places = self._index.place[wanted] if self._index.timed else ranks
-        pictures = decoder.decode(self._packets(first, last), wanted, skip=skip)
+        pictures = decoder.decode(self._reader.packets(first, last), wanted, skip=skip)
         due = 0
 
         def write(row: int, picture: Any, is_substitute: bool) -> bool:
@@ -104,18 +121,16 @@ class UnitDecoder:
         self._count()
         return lost
 
-    def _packets(self, first: int, last: int) -> Iterator[tuple[int, Any]]:
-        for item in self._reader.packets(first, last):
-            self._rows.check()
-            self._count()
-            yield item
+    def _at_packet(self) -> None:
+        self._rows.check()
+        self._count()
 
     def _count(self) -> None:
         careful = self._careful.pictures if self._careful else 0
         self._counters[:] = self._quick.pictures + careful, self._reader.bytes_read
 
-    def _after(self, packet: int) -> int:
-        """A packet so far after this one that a picture can be decoded before it."""
+    def _after(self, packet: int, keyframes: int) -> int:
+        """The packet that begins the group so many `keyframes` after this one; or the last one."""
         starts = self._index.starts
-        at = int(np.searchsorted(starts, packet, "right")) + 1
+        at = int(np.searchsorted(starts, packet, "right")) + keyframes - 1
         return int(starts[at]) if at < len(starts) else len(self._index.pts) - 1
