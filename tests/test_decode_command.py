@@ -2,6 +2,7 @@
 
 import json
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -62,6 +63,22 @@ def test_wrong_requests_fail(command, video, arguments, message):
     ran = command("decode", video, *arguments)
     assert ran.code == 2 and ran.out == ""
     assert message in ran.err and ran.err.count("\n") == 1
+
+
+def test_damaged_frames_are_named(command, tmp_path):
+    source = encode(tmp_path / "a.mp4", options=x264("keyint=1"))
+    content = bytearray(source.path.read_bytes())
+    with av.open(str(source.path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    for packet in packets[10:13]:
+        content[packet.pos + 4 : packet.pos + packet.size] = bytes(packet.size - 4)
+    source.path.write_bytes(content)
+
+    ran = command("decode", source.path, "--frames", 36, "--json")
+    found = json.loads(ran.out)
+    assert found["damaged_indices"] == [rank for rank in found["indices"] if rank in (10, 11, 12)]
+    assert found["damaged"] == len(found["damaged_indices"]) > 0
+    assert "damaged   1, frames 12" in command("decode", source.path, "--frames", 7).out
 
 
 def test_failure_leaves_no_file(command, video, tmp_path):

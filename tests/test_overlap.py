@@ -93,11 +93,24 @@ def test_an_error_stops_the_workers_at_once(loaded, clip):
     assert not any(name.startswith("tokenprune-decode") for name in names)
 
 
+def test_processes_may_decode(loaded, clip):
+    found = {}
+    for kind in ("thread", "process"):
+        with Session(loaded.model, loaded.processor, RECIPE, group=8) as session:
+            session.watch(clip, frames=24, worker_kind=kind)
+            answer = session.generate("what?", max_new_tokens=4)
+            found[kind] = answer, session.pictures_decoded
+    assert torch.equal(found["thread"][0], found["process"][0])
+    assert found["thread"][1] == found["process"][1]
+
+
 def test_frames_need_no_workers(loaded):
     session = Session(loaded.model, loaded.processor, RECIPE, group=4)
     frames = torch.zeros(4, 3, 56, 56, dtype=torch.uint8)
     with pytest.raises(MediaError, match="workers=2 go with a file; leave them out"):
         session.watch(frames, fps=1.0, workers=2)
+    with pytest.raises(MediaError, match="worker_kind='process' go with a file"):
+        session.watch(frames, fps=1.0, worker_kind="process")
 
 
 # -- what is counted

@@ -151,8 +151,10 @@ class Watcher:
                 self._check_rate(pace.sampled_fps)
                 assert self.pace is not None
                 scale = self.pace.source_fps / pace.source_fps
-                indices = offset + (video.even_indices * scale).round().long()
-                self.source_frames = offset + round(info.frame_count * scale)
+                # As `Video.even_indices` counts, at the rate of the session's first frames.
+                indices = offset + (video.pts_seconds * self.pace.source_fps).round().long()
+                length = offset + round(info.frame_count * scale)
+                self.source_frames = max(length, int(indices[-1]) + 1)
                 self.pictures_decoded = pictures + video.pictures_decoded
                 self.bytes_read = size_bytes + video.bytes_read
                 seconds = offset / self.pace.source_fps + video.pts_seconds

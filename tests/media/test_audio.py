@@ -249,15 +249,48 @@ def test_a_pause_is_silence(tmp_path):
     assert sound[27 * 16000 :][:8000] == pytest.approx(noise[2 * 16000 :][:8000], abs=1e-4)
 
 
-@pytest.mark.parametrize("leap", [30.0, -1.5, 90_000.0])
-def test_one_damaged_time_is_not_believed(leap):
-    def piece(time):
-        return SimpleNamespace(time=time, samples=320, sample_rate=16000)
+def pieces(*times):
+    """Frames of 20 ms."""
+    return [SimpleNamespace(time=time, samples=320, sample_rate=16000) for time in times]
 
-    assert audio._lost(piece(2.0 + leap), piece(2.02), 2.0) == 0
-    assert audio._lost(piece(2.0 + leap), piece(2.02 + leap), 2.0) == pytest.approx(
-        leap if leap < 3600 else -leap
-    )
+
+@pytest.mark.parametrize("leap", [30.0, -1.5, 90_000.0])
+def test_few_damaged_times_are_not_believed(leap):
+    """Several pieces may have their times from one that is damaged."""
+    clock = [2.0 + k / 50 for k in range(100)]
+    odd = [time + leap for time in clock]
+    for count in (1, 20, 45):
+        frame, *others = pieces(*odd[:count], *clock[count:])
+        assert audio._lost(frame, audio._Coming(iter(others)), 2.0) == 0
+    frame, *others = pieces(*odd)
+    due = leap if leap < 3600 else -leap
+    assert audio._lost(frame, audio._Coming(iter(others)), 2.0) == pytest.approx(due)
+    frame, *others = pieces(*odd[:10])  # the end of the track agrees as far as it goes
+    assert audio._lost(frame, audio._Coming(iter(others)), 2.0) == pytest.approx(due)
+    assert audio._lost(frame, audio._Coming(iter([])), 2.0) == 0
+
+
+def test_looking_ahead_loses_no_frames():
+    coming, seen = audio._Coming(iter(pieces(*range(5)))), []
+    for frame in coming:
+        coming.agree(frame)
+        seen.append(frame.time)
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_a_fast_track_stays_in_time(tmp_path):
+    """Its times run slower than its samples; what overlaps is cut."""
+    path, noise = holed(tmp_path, lambda number: True, lambda begin: -0.02 * begin, seconds=20.0)
+    sound = read_audio(path).numpy()
+    assert abs(len(sound) - 0.98 * len(noise)) < 0.11 * 16000
+    found = 0
+    for number in range(100, 1000, 100):
+        piece = noise[320 * number :][:320]
+        score = np.correlate(sound, piece)
+        if score.max() > 0.9 * (piece**2).sum():  # it was not cut
+            found += 1
+            assert abs(score.argmax() - 0.98 * 320 * number) < 0.11 * 16000
+    assert found > 5
 
 
 def test_damaged_sound_keeps_its_length(tmp_path):

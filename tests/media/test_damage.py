@@ -234,6 +234,58 @@ def test_a_long_stretch_of_damage_is_filled(first, last, clip, truth):
             assert video.substituted.tolist() == [first <= rank < last for rank in wanted]
 
 
+def test_a_long_stretch_is_searched_once(clip):
+    """Not from each of its frames on, all the way back."""
+    source = clip("h264_all_intra").path
+    content = bytearray(source.read_bytes())
+    with av.open(str(source)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    for packet in packets[2:]:
+        content[packet.pos + 4 : packet.pos + packet.size] = bytes(packet.size - 4)
+    path = source.with_name("nearly_all.mp4")
+    path.write_bytes(content)
+
+    video = read_video(path, indices=range(72), workers=1)
+
+    assert [clips.read_number(frame) for frame in video.frames.numpy()] == [0, *[1] * 71]
+    assert video.bytes_read < 12 * sum(packet.size for packet in packets)
+
+
+def test_frames_behind_a_damaged_start_are_not_lost(clip, truth):
+    """A stream whose first keyframe is damaged, in one unit that is longer than the window."""
+    source = clip("h264_open_gop").path
+    content = bytearray(source.read_bytes())
+    with av.open(str(source)) as container:
+        packet = next(container.demux(video=0))
+    content[packet.pos + 4 : packet.pos + packet.size] = bytes(packet.size - 4)
+    path = source.with_name("start.mp4")
+    path.write_bytes(content)
+
+    for workers in (1, 2):
+        groups = list(stream_video(path, frames=72, group=2, workers=workers))
+        frames = np.concatenate([group.frames.numpy() for group in groups])
+        bad = np.concatenate([group.substituted.numpy() for group in groups])
+        assert bad[0] and not bad[24:].any() and len(frames) == 72
+        assert np.array_equal(frames[~bad], truth("h264_open_gop")[~bad])
+
+
+def test_a_later_sound_picture_is_better_than_a_damaged_one(clip, truth):
+    source = clip("h264_all_intra").path
+    content = bytearray(source.read_bytes())
+    with av.open(str(source)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    for packet in packets[:10]:  # half of each: players show the other half
+        half = packet.size // 2
+        content[packet.pos + half : packet.pos + packet.size] = bytes(packet.size - half)
+    path = source.with_name("halves.mp4")
+    path.write_bytes(content)
+
+    video = read_video(path, indices=[0, 5, 30])
+
+    assert np.array_equal(video.frames.numpy(), truth("h264_all_intra")[[10, 10, 30]])
+    assert video.substituted.tolist() == [True, True, False]
+
+
 def test_a_damaged_start_hides_no_turn(clip, monkeypatch):
     """The first picture tells how to hold all of them, wherever it comes."""
     source = clip("h264_rotated").path

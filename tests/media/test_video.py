@@ -213,6 +213,8 @@ def test_a_rate_above_the_file_s_gives_all_frames(clip):
     assert read_video(clip("h264_bframes").path, fps=5000).indices.tolist() == list(range(72))
     part = read_video(clip("h264_bframes").path, fps=5000, start=1.01, end=1.5)
     assert part.indices.tolist() == list(range(30, 45))
+    none = read_video(clip("h264_bframes").path, fps=5000, start=1.01, end=1.0100005)
+    assert none.indices.tolist() == [30]
 
 
 def test_a_colon_in_a_name_is_no_protocol(clip, tmp_path, monkeypatch):

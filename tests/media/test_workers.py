@@ -245,6 +245,41 @@ def test_an_error_comes_at_its_frame(clip, monkeypatch):
         assert taken == list(range(bad.row // 4 * 4))
 
 
+def test_an_error_waits_for_no_unit_behind_it(clip, monkeypatch):
+    path = clip("h264_all_intra").path
+    free = threading.Event()
+    decode = UnitDecoder.decode
+
+    def fail_first(self, unit):
+        if unit.row == 0:
+            raise RuntimeError("no more memory")
+        free.wait(20)
+        decode(self, unit)
+
+    monkeypatch.setattr(UnitDecoder, "decode", fail_first)
+    monkeypatch.setattr("tokenprune.media.decode.CLOSE_SECONDS", 0.1)
+    begin = time.monotonic()
+    with pytest.raises(DecodeError, match="no more memory"):
+        read_video(path, frames=72, workers=3)
+    assert time.monotonic() - begin < 5
+    free.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("tokenprune"):
+            thread.join(5)
+
+
+def test_streams_of_one_reader_may_be_mixed(clip):
+    reader = VideoReader(clip("h264_bframes").path, workers=2)
+    pairs = zip(
+        reader.stream(frames=72, group=8, first_group=8),
+        reader.stream(frames=36, group=4, first_group=4),
+        strict=True,
+    )
+    for whole, half in pairs:
+        assert whole.indices.tolist()[0] <= half.indices.tolist()[0]
+        assert [read_number(frame) for frame in half.frames.numpy()] == half.indices.tolist()
+
+
 def test_threads_that_cannot_be_started_leave_nothing(clip, monkeypatch):
     start, started = threading.Thread.start, []
 
@@ -267,6 +302,18 @@ def test_cores_without_units_serve_the_codec(clip):
     worker = decoder._worker(0)
     assert len(decoder._threads) == 1 and worker._quick._context.thread_count == 4
     worker.close()
+
+
+def test_a_window_within_a_unit_leaves_cores_to_the_codec(clip):
+    """Other workers would wait for it to come to their units."""
+    index = index_video(clip("h264_bframes").path)
+    units = len(plan_units(index, np.arange(72), 4))
+    assert units == 5
+    for window, threads, workers in ((8, 4, 2), (30, 2, 3), (72, 1, 4)):
+        decoder = FrameDecoder(
+            index, np.arange(72), (8, 8), bounds=group_bounds(72, 8, 8), window=window, workers=4
+        )
+        assert (decoder._codec_threads, len(decoder._threads)) == (threads, workers)
 
 
 def test_closing_does_not_wait_for_the_unit(clip):

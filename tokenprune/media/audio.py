@@ -2,8 +2,9 @@
 
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import av
@@ -18,7 +19,9 @@ from tokenprune.media.files import open_media, packets_of
 Samples = NDArray[np.float32]
 
 GAP_SECONDS = 0.1  # less than this between two pieces of sound may be rounding
-JUMP_SECONDS = 10.0  # a longer gap is believed if the piece after it agrees
+LONGEST_OVERLAP_SECONDS = 1.0  # more than this back in time is a new clock, as for pictures
+JUMP_SECONDS = 10.0  # a longer gap, or a fall, is believed if what follows agrees
+AGREEMENT_SECONDS = 1.0  # for so long
 LONGEST_GAP_SECONDS = 3600.0  # more than this is a new clock, and nothing is missing
 
 
@@ -34,8 +37,9 @@ def read_audio(
     """Decode a sound track to one channel, the mean of all, at the rate asked for.
 
     Where a piece is lost or cannot be decoded, or the track pauses, silence takes its place, so
-    that all else stays in time to a tenth of a second. A gap of more than an hour, or back in time,
-    is taken for a new clock of joined files, whose sound follows at once.
+    that all else stays in time to a tenth of a second; and what overlaps is cut. A gap of more than
+    an hour, or of more than a second back, is taken for the new clock of a file that was joined to
+    another; its sound follows at once.
 
     Args:
         path: a local file, with or without video.
@@ -116,40 +120,72 @@ def _cut(parts: Iterator[Samples], lead: int, begin: int, stop: int | None) -> t
 def _resample(frames: Iterator[Any], sampling_rate: int) -> Iterator[Samples]:
     """One channel at the new rate: the mean of all, which never exceeds full scale."""
     kind = resampler = due = None  # due: where, on the file's clock, the sound given so far ends
-    for frame, after in pairwise(chain(frames, [None])):
+    excess = 0  # samples that are there twice
+    coming = _Coming(frames)
+    for frame in coming:
         due = frame.time if due is None else due
-        lost = _lost(frame, after, due)
+        lost = _lost(frame, coming, due)
         if lost > 0:
             yield from _mono(resampler, None)
             yield np.zeros(round(lost * sampling_rate), np.float32)
             kind = None
-        due = frame.time if lost else due
+        elif -LONGEST_OVERLAP_SECONDS < lost < 0:
+            excess = round(-lost * sampling_rate)
+        if lost:
+            due = frame.time
         if kind != (frame.layout.name, frame.format.name, frame.sample_rate):  # may change midway
             yield from _mono(resampler, None)
             kind = (frame.layout.name, frame.format.name, frame.sample_rate)
             resampler = av.AudioResampler(format="fltp", rate=sampling_rate)
         due = None if due is None else due + frame.samples / frame.sample_rate
-        yield from _mono(resampler, frame)
+        for part in _mono(resampler, frame):
+            yield part[excess:]
+            excess = max(0, excess - len(part))
     yield from _mono(resampler, None)
 
 
-def _lost(frame: Any, after: Any, due: float | None) -> float:
-    """Seconds of sound that lack before a frame; below 0 where a new clock begins, 0 for neither.
+class _Coming:
+    """Frames one by one, of which the next ones can be looked at."""
 
-    Args:
-        frame: what comes.
-        after: what comes then, or None.
-        due: when it should have come, None if that is not known.
-    """
+    def __init__(self, frames: Iterator[Any]) -> None:
+        self._frames = frames
+        self._seen: deque[Any] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        while self._seen or self._fetch():
+            yield self._seen.popleft()
+
+    def agree(self, frame: Any) -> bool:
+        """Whether the frames of the next second follow this one: its time is no accident."""
+        begin = due = frame.time
+        at = 0
+        while due - begin < AGREEMENT_SECONDS:
+            due += frame.samples / frame.sample_rate
+            if at == len(self._seen) and not self._fetch():
+                return at > 0
+            frame = self._seen[at]
+            if frame.time is None or abs(frame.time - due) > GAP_SECONDS:
+                return False
+            at += 1
+        return True
+
+    def _fetch(self) -> bool:
+        frame = next(self._frames, None)
+        if frame is not None:
+            self._seen.append(frame)
+        return frame is not None
+
+
+def _lost(frame: Any, coming: _Coming, due: float | None) -> float:
+    """Seconds of sound that lack before a frame; below 0 where some is there twice, or a new clock
+    begins; 0 for none of it."""
     if frame.time is None or due is None:
         return 0.0
     lost: float = frame.time - due
     if abs(lost) <= GAP_SECONDS:
         return 0.0
-    if not 0 < lost < JUMP_SECONDS:
-        end = frame.time + frame.samples / frame.sample_rate
-        if after is None or after.time is None or abs(after.time - end) > GAP_SECONDS:
-            return 0.0  # one damaged time among good ones
+    if not 0 < lost < JUMP_SECONDS and not coming.agree(frame):
+        return 0.0  # a damaged time among good ones
     return lost if lost < LONGEST_GAP_SECONDS else -lost
 
 

@@ -77,12 +77,14 @@ class FrameDecoder:
         self._patience = timeout_seconds
         units = plan_units(index, ranks, workers)
         self._units = iter(units)
-        self._codec_threads = max(1, workers // len(units))
         self._turn = threading.Lock()  # units are begun in order
-        workers = min(workers, len(units))
         largest = int(np.diff(bounds).max())
         window = min(window, AHEAD_BYTES // (3 * size[0] * size[1]))
         window = min(len(ranks), max(window, largest))
+        # Units under way at a time; one more may be begun. Cores that are left serve the codec.
+        at_once = max(1, len(units) * window // len(ranks))
+        self._codec_threads = max(1, workers // at_once)
+        workers = min(workers, len(units), at_once + 1)
         self._ring = Ring(window, size, workers) if worker_kind == "process" else None
         self._counters = np.zeros((workers, 2), np.int64) if not self._ring else self._ring.counters
         self._rows = Rows(bounds, size, window, self._ring)
@@ -162,6 +164,7 @@ class FrameDecoder:
 
     def _work(self, number: int) -> None:
         """One worker: take the next unit, decode it, until there is none."""
+        unit = None
         try:
             worker = self._worker(number)
             try:
@@ -173,7 +176,7 @@ class FrameDecoder:
         except Stopped:
             pass
         except BaseException as error:  # shown where the frames are awaited
-            self._rows.fail(error)
+            self._rows.fail(error, unit.row if unit else None)
         finally:
             self._rows.wake()
 

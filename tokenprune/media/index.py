@@ -235,10 +235,10 @@ class _Look:
         try:
             for packet in packets_of(container, self.stream):
                 self._add(packet)
-            if self.first_picture is None:
-                self._look(None)
         except av.error.FFmpegError as error:
             self.error = error.strerror
+        if self.first_picture is None:
+            self._look(None)
         return _Columns(
             pts=np.array(self.pts, np.int64),
             dts=np.array(self.dts, np.int64),

@@ -29,6 +29,7 @@ NUMBERS = (
     "resized_width",
 )
 TOTAL_TOKENS = 128_000 * 0.9
+SET_TOKENS = 4, 16384  # of a frame whose size is set, at least and at most
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,11 @@ def _count(part: _Part, index: PacketIndex, available: int) -> int:
 
 
 def _size(part: _Part, multiple: int) -> PixelLimits | tuple[int, int]:
-    if "resized_height" in part.numbers:
-        sides = part.numbers["resized_height"], part.numbers["resized_width"]
-        height, width = (max(1, round(side / multiple)) * multiple for side in sides)
-        return height, width
     token = multiple**2
+    if "resized_height" in part.numbers:
+        height, width = (int(part.numbers[f"resized_{side}"]) for side in ("height", "width"))
+        few, many = (count * token for count in SET_TOKENS)
+        return PixelLimits(multiple, few, many)(height, width, 1)
     least = int(part.get("min_pixels", MIN_TOKENS * token))
     cap = max(MAX_TOKENS * token, int(least * 1.05))
     most = min(int(part.get("max_pixels", cap)), cap)

@@ -17,7 +17,7 @@ from tokenprune.media.index import Ints, PacketIndex
 from tokenprune.media.plan import has_leading
 
 Write = Callable[[int, Any, bool], bool]
-Substitute = Literal["earlier", "any"]
+Substitute = Literal["earlier", "later", "any"]
 GBR = (1, 2, 0)  # planes of swscale's planar RGB, as channels
 
 
@@ -126,8 +126,9 @@ def fill(
     rows: Iterable[int],
     write: Write,
     *,
-    substitute: Substitute | None,
     counted: bool,
+    substitute: Substitute | None,
+    stand_in: Decoded | None = None,
 ) -> list[int]:
     """Write the pictures that are wanted to their rows.
 
@@ -137,42 +138,44 @@ def fill(
         rows: their rows in the output.
         write: takes a row, the picture for it, and whether that is a substitute; False if the row
             cannot be written now.
-        substitute: where a wanted picture does not come, or is damaged, write the nearest earlier
-            sound one; with "any", if there is none, the next sound one, or else what there is.
         counted: places are counted, so damaged pictures are written as they come.
+        substitute: where a wanted picture does not come, or is damaged, write the nearest "earlier"
+            sound one; or, if there is none, the next sound one, which is "later"; or else "any".
+        stand_in: a sound picture that is known from before.
 
     Returns:
         The rows that were not written.
     """
     due = deque(zip(places, rows, strict=True))
     lost: list[int] = []
-    sound = latest = None
-    for place, picture, damaged in pictures:
+    sound, latest = stand_in, None
+    for found in pictures:
+        place, picture, damaged = found
         while due and (due[0][0] < place or (due[0][0] == place and damaged and not counted)):
             row = due.popleft()[1]
-            if not (substitute and sound is not None and write(row, sound, True)):
+            if not (substitute and sound and write(row, sound.picture, True)):
                 lost.append(row)
-        if not damaged:
-            sound = picture
-            if substitute == "any":  # before the row that is due: rows come in order
+        if not damaged and (sound is None or sound.place < place):
+            sound = found
+            if substitute in ("later", "any"):  # before the row that is due: rows come in order
                 lost = _write_all(lost, picture, write)
-        if due and due[0][0] == place and not write(due[0][1], picture, damaged):
-            break  # behind a gap, and outside the window: so are all that follow
         if due and due[0][0] == place:
+            if not write(due[0][1], picture, damaged):
+                # Behind a gap, and outside the window; so are all that follow.
+                return lost + [row for _, row in due]
             due.popleft()
         latest = picture
-        if not due and not (substitute == "any" and lost):
+        if not due and not (lost and substitute in ("later", "any")):
             return lost
     rest = [row for _, row in due]
-    if substitute == "any":
-        return _write_all(lost + rest, sound or latest, write)
-    return lost + (_write_all(rest, sound, write) if substitute else rest)
+    if substitute is None or (sound is None and substitute != "any"):
+        return lost + rest
+    last = latest if sound is None else sound.picture
+    if substitute == "earlier":  # what was lost came before it
+        return lost + _write_all(rest, last, write)
+    return _write_all(lost + rest, last, write)
 
 
 def _write_all(rows: list[int], picture: Any, write: Write) -> list[int]:
-    """Write a substitute to all rows; gives those left when there is none."""
-    if picture is None:
-        return rows
-    for row in rows:
-        write(row, picture, True)
-    return []
+    """Write a substitute to all rows; gives those left, which are all when there is none."""
+    return [row for row in rows if picture is None or not write(row, picture, True)]

@@ -147,7 +147,7 @@ class VideoReader:
         )
         begin, index = time.perf_counter(), self.index
         asked = request.ranks(index)
-        (video,) = self._groups(request, asked, lambda count: np.array([0, count]))
+        (video,) = self._groups(request, index, lambda count: np.array([0, count]))
         if self.index is not index:
             asked = request.ranks(self.index)
         if np.array_equal(asked, video.indices):
@@ -192,63 +192,62 @@ class VideoReader:
             end=end,
             size=size,
         )
-        asked = request.ranks(self.index)
-        if (np.diff(asked) <= 0).any():
+        index = self.index
+        if (np.diff(request.ranks(index)) <= 0).any():
             raise MediaError(
                 "stream_video delivers frames in order, each once; ask for them like that"
             )
-        return self._groups(request, asked, lambda count: group_bounds(count, group, first))
+        return self._groups(request, index, lambda count: group_bounds(count, group, first))
 
     def _groups(
-        self, request: Request, asked: Ints, cut: Callable[[int], Ints]
+        self, request: Request, index: PacketIndex, cut: Callable[[int], Ints]
     ) -> Generator[Video, None, None]:
         """The groups of what is asked for, in order of presentation, each frame once."""
-        ranks = np.unique(asked)
-        size = resolve_size(request.size, self.info, len(asked))
-        return self._decode(request, ranks, size, cut)
+        asked = request.ranks(index)
+        size = resolve_size(request.size, index.info, len(asked))
+        return self._decode(request, index, np.unique(asked), size, cut)
 
     def _decode(
-        self, request: Request, ranks: Ints, size: tuple[int, int], cut: Callable[[int], Ints]
+        self,
+        request: Request,
+        index: PacketIndex,
+        ranks: Ints,
+        size: tuple[int, int],
+        cut: Callable[[int], Ints],
     ) -> Generator[Video, None, None]:
         given = pictures = size_read = 0
         while given < len(ranks):
             bounds, rest = cut(len(ranks)), ranks[given:]
-            decoder = self._decoder(rest, size, bounds[bounds >= given] - given)
+            decoder = self._decoder(index, rest, size, bounds[bounds >= given] - given)
             try:
                 with decoder:
                     for part in decoder.groups():
-                        yield self._video(decoder, part, rest, pictures, size_read)
+                        yield self._video(index, decoder, part, rest, pictures, size_read)
                         given += len(part.frames)
             except IndexMismatch:
-                if self.index.scanned:
+                if index.scanned:
                     raise
                 # The file's table was wrong: a scan knows better.
                 pictures += decoder.pictures_decoded
                 size_read += decoder.bytes_read
-                ranks = self._scan_anew(request, ranks[:given])
-                size = size if given else resolve_size(request.size, self.info, len(ranks))
-
-    def _scan_anew(self, request: Request, delivered: Ints) -> Ints:
-        """The ranks asked for by the index of a scan, which must begin with those delivered."""
-        known = self.index
-        self._index(known.info.path, scan=True)
-        ranks = np.unique(request.ranks(self.index))
-        same = np.array_equal(ranks[: len(delivered)], delivered)
-        if not (same and np.array_equal(known.times_of(delivered), self.index.times_of(delivered))):
-            raise DecodeError(
-                f"the table of packets in {known.info.path!r} is wrong, which was found out after"
-                f" {len(delivered)} frames; let a tool write the file anew, or use read_video"
-            )
-        return ranks
+                if not self.index.scanned:
+                    self._index(index.info.path, scan=True)
+                known, index = index, self.index
+                asked, delivered = request.ranks(index), ranks[:given]
+                ranks = np.unique(asked)
+                if given:
+                    _check_delivered(known, index, delivered, ranks)
+                else:
+                    size = resolve_size(request.size, index.info, len(asked))
 
     def _decoder(
-        self, ranks: Ints, size: tuple[int, int], bounds: Ints
+        self, index: PacketIndex, ranks: Ints, size: tuple[int, int], bounds: Ints
     ) -> FrameDecoder | LibraryDecoder:
         if self._backend != "pyav":
             library = LIBRARIES[self._backend]
-            return library(self.index, ranks, size, bounds=bounds, workers=self._workers)
+            return library(index, ranks, size, bounds=bounds, workers=self._workers)
         return FrameDecoder(
-            self.index,
+            index,
             ranks,
             size,
             bounds=bounds,
@@ -260,6 +259,7 @@ class VideoReader:
 
     def _video(
         self,
+        index: PacketIndex,
         decoder: FrameDecoder | LibraryDecoder,
         part: Group,
         ranks: Ints,
@@ -270,9 +270,9 @@ class VideoReader:
         here = ranks[part.first : part.first + len(part.frames)]
         return Video(
             frames=part.frames,
-            pts_seconds=torch.from_numpy(self.index.seconds[here]),
+            pts_seconds=torch.from_numpy(index.seconds[here]),
             indices=torch.from_numpy(here),
-            info=self.info,
+            info=index.info,
             substituted=part.substituted,
             pictures_decoded=pictures + decoder.pictures_decoded,
             timings=Timings(
@@ -395,6 +395,20 @@ def stream_video(
 def group_bounds(count: int, group: int, first: int) -> Ints:
     """`[G + 1]` where groups of `count` frames begin, and where the last one ends."""
     return np.array([0, *range(first, count, group), count], np.int64)
+
+
+def _check_delivered(known: PacketIndex, index: PacketIndex, delivered: Ints, ranks: Ints) -> None:
+    """Check that the frames delivered by a wrong table begin those that a scan would deliver.
+
+    Raises:
+        DecodeError: they do not.
+    """
+    same = np.array_equal(ranks[: len(delivered)], delivered)
+    if not (same and np.array_equal(known.times_of(delivered), index.times_of(delivered))):
+        raise DecodeError(
+            f"the table of packets in {index.info.path!r} is wrong, which was found out after"
+            f" {len(delivered)} frames; let a tool write the file anew, or use read_video"
+        )
 
 
 def _check_kind(kind: WorkerKind | None) -> WorkerKind:

@@ -126,6 +126,7 @@ class Rows:
         self._substituted: set[int] = set()
         self._taken = 0  # rows
         self._error: BaseException | None = None
+        self._error_row = 0
         self._closed = False
 
     @property
@@ -201,14 +202,22 @@ class Rows:
             if self._left[number] == 0:
                 self._change.notify_all()
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException, row: int | None = None) -> None:
         """Begin nothing more; the error is raised where rows are missed. The first one counts.
 
-        Rows before those that will never come are still under way, and their groups are delivered.
+        Args:
+            error: what happened.
+            row: the first that may never come, before which all are under way; None for all rows
+                that are still missed.
         """
         with self._change:
-            self._error = self._error or error
+            if self._error is None:
+                self._error, self._error_row = error, self._taken if row is None else row
             self._change.notify_all()
+
+    def _is_lost(self, number: int) -> bool:
+        """Whether a group will not be complete."""
+        return self.failed and self._error_row < int(self._bounds[number + 1])
 
     def close(self) -> None:
         """End all writing, and free what nobody took."""
@@ -244,7 +253,7 @@ class Rows:
         """
         done, moved = progress(), time.monotonic()
         with self._change:
-            while self._left[number] and not self._closed and is_alive():
+            while self._left[number] and not (self._closed or self._is_lost(number)) and is_alive():
                 self._change.wait(min(1.0, patience))
                 if done != progress():
                     done, moved = progress(), time.monotonic()

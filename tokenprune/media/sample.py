@@ -106,7 +106,8 @@ def _by_count(index: PacketIndex, frames: int, begin: float, stop: float) -> Int
 
 def _by_rate(index: PacketIndex, fps: float, begin: float, stop: float) -> Ints:
     if fps > HIGHEST_RATE:  # more often than frames change: all of them
-        return np.arange(_on_screen(index, np.array([begin]))[0], _before(index, stop) + 1)
+        first = int(_on_screen(index, np.array([begin]))[0])
+        return np.arange(first, max(first, _before(index, stop)) + 1)
     count = max(1, math.ceil((stop - begin) * fps - 1e-6))
     return np.unique(_on_screen(index, begin + np.arange(count) / fps))
 

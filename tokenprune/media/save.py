@@ -15,6 +15,8 @@ from tokenprune.media.reader import VideoReader
 from tokenprune.media.sample import SizeRule
 from tokenprune.media.video import Video
 
+MOST_NAMED = 20  # damaged frames in a text
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -58,11 +60,18 @@ class Decoded:
         times = f"{self.pts_seconds[0]:.3f} to {self.pts_seconds[-1]:.3f} s"
         lines = [
             f"frames    {self.frames} of {self.height}x{self.width}, {times}",
-            f"damaged   {self.damaged}",
+            f"damaged   {self._damaged_text()}",
             f"decoded   {self.pictures_decoded} pictures from {self.bytes_read:,} bytes",
             f"seconds   index {self.index_seconds:.3f}, decoding {self.decode_seconds:.3f}",
         ]
         return "\n".join([*lines, f"out       {self.out}"] if self.out else lines)
+
+    def _damaged_text(self) -> str:
+        if not self.damaged:
+            return "0"
+        named = ", ".join(map(str, self.damaged_indices[:MOST_NAMED]))
+        more = ", ..." if self.damaged > MOST_NAMED else ""
+        return f"{self.damaged}, frames {named}{more}"
 
 
 def decode_to(

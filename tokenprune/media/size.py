@@ -45,11 +45,13 @@ class PixelLimits:
         least, most = self._limits
         if self.total_pixels is not None:
             share = self.total_pixels * 2 / frames
-            most = min(most, max(share, int(least * 1.05)))
+            return _fit(
+                height, width, self.multiple, least, min(most, max(share, int(least * 1.05)))
+            )
         return _fit(height, width, self.multiple, least, most)
 
     @property
-    def _limits(self) -> tuple[float, float]:
+    def _limits(self) -> tuple[int, int]:
         token = self.multiple**2
         return (
             MIN_TOKENS * token if self.min_pixels is None else self.min_pixels,
@@ -80,45 +82,52 @@ class VolumeLimits:
 
     def __call__(self, height: int, width: int, frames: int) -> tuple[int, int]:
         """Height and width for frames of a source of this size."""
-        depth = max(2, frames)  # a single frame is shown twice
+        frames = max(2, frames)  # a single one is shown twice
         if min(height, width) < self.multiple:
             scale = self.multiple / min(height, width)
             height, width = int(height * scale), int(width * scale)
-        least, most = self.min_pixels / depth, self.max_pixels / depth
-        # Two frames make a token; a half pair counts as none or as one, whichever pair is even.
-        counted = round(depth / 2) * 2 / depth
-        return _fit(height, width, self.multiple, least, most, counted)
+        # Two frames make a token; an odd one counts as none or two, whichever makes pairs even.
+        paired = round(frames / 2) * 2
+        least, most = self.min_pixels, self.max_pixels
+        return _fit(height, width, self.multiple, least, most, frames, paired)
 
 
-def _check_limits(multiple: int, least: float, most: float) -> None:
+def _check_limits(multiple: int, least: int, most: int) -> None:
     if multiple < 1:
         raise MediaError(f"multiple must be at least 1, got {multiple}")
     if not 0 < least <= most:
         raise MediaError(
             "min_pixels and max_pixels must satisfy 0 < min_pixels <= max_pixels, got"
-            f" {least:g} and {most:g}"
+            f" {least} and {most}"
         )
 
 
 def _fit(
-    height: int, width: int, unit: int, least: float, most: float, counted: float = 1.0
+    height: int,
+    width: int,
+    unit: int,
+    least: float,
+    most: float,
+    frames: int = 1,
+    counted: int = 1,
 ) -> tuple[int, int]:
-    """Sides in whole units, about the shape given, from `least` to `most` pixels.
+    """Sides in whole units, about the shape given, from `least` to `most` pixels in all.
 
     Args:
-        counted: weight of the area when it is held against the limits.
+        frames: how many share the limits.
+        counted: how many count where the result is held against the limits.
     """
     if max(height, width) > LONGEST * min(height, width):
         raise MediaError(
             f"frames may be at most {LONGEST} times as long as wide, got {height}x{width}"
         )
-    rows, columns = round(height / unit), round(width / unit)
+    rows, columns = max(1, round(height / unit)), max(1, round(width / unit))
     area = rows * columns * unit * unit * counted
     if area > most:
-        shrink = math.sqrt(height * width / most)
+        shrink = math.sqrt(frames * height * width / most)
         rows, columns = (math.floor(side / shrink / unit) for side in (height, width))
     elif area < least:
-        grow = math.sqrt(least / (height * width))
+        grow = math.sqrt(least / (frames * height * width))
         rows, columns = (math.ceil(side * grow / unit) for side in (height, width))
     return max(1, rows) * unit, max(1, columns) * unit
 

@@ -1,11 +1,13 @@
 """Decoding one unit: once quickly, and again with more care where frames did not come."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tokenprune.errors import DecodeError
+from tokenprune.media.damage import Decoded
 from tokenprune.media.demux import PacketReader
 from tokenprune.media.index import Ints, PacketIndex
 from tokenprune.media.pictures import PictureDecoder, Resizer, Substitute, fill
@@ -14,6 +16,30 @@ from tokenprune.media.rows import RowSink
 
 EXACT_RETRIES = (0, 1)  # keyframes to begin again earlier, leaving nothing out, for a lost frame
 FURTHER = 4  # how many times as far each try looks for a picture that may stand for one
+
+
+@dataclass(frozen=True)
+class _Barren:
+    """What is known of a damaged stretch: up to packet `last` nothing sound follows `stand_in`."""
+
+    last: int = -2
+    stand_in: Decoded | None = None
+
+
+class _Heard:
+    """Pictures on their way, of which is noted which sound one was the latest."""
+
+    def __init__(self, pictures: Iterator[Decoded]) -> None:
+        self._pictures = pictures
+        self.latest: Decoded | None = None
+        self.all_of_them = False
+
+    def __iter__(self) -> Iterator[Decoded]:
+        for found in self._pictures:
+            if not found.damaged:
+                self.latest = found
+            yield found
+        self.all_of_them = True
 
 
 class UnitDecoder:
@@ -36,6 +62,7 @@ class UnitDecoder:
         self._reader = PacketReader(index, self._at_packet)
         self._quick = PictureDecoder(index, threads)
         self._careful: PictureDecoder | None = None
+        self._barren = _Barren()
 
     def close(self) -> None:
         """Free the decoders and close the file."""
@@ -54,14 +81,17 @@ class UnitDecoder:
         missing = list(range(unit.row, unit.row + len(unit.ranks)))
         skip = self._index.skippable
         missing = self._run(self._quick, unit, missing, unit.first, unit.last, skip=skip)
+        if not missing:
+            return
         for first, last, substitute in self._retries(unit):
-            if not missing:
-                return
             # One thread tells best which packet was damaged.
             self._careful = self._careful or PictureDecoder(self._index, 1)
             missing = self._run(
                 self._careful, unit, missing, first, last, skip=False, substitute=substitute
             )
+            if not missing:
+                break
+        self._learn(unit, first, last)
         if missing:
             rank, name = unit.ranks[missing[0] - unit.row], self._index.info.path
             raise DecodeError(f"{name!r} is damaged: nothing is left to stand for frame {rank}")
@@ -69,21 +99,41 @@ class UnitDecoder:
     def _retries(self, unit: Unit) -> Iterator[tuple[int, int, Substitute | None]]:
         """From which packet to which to decode again, and what may stand for a lost frame.
 
-        First the frame itself; then a picture before it, looked for ever further back; then one
-        after it.
+        First the frame itself; then a picture before it, looked for ever further back, but only
+        where that was not done before; then one after it. Where pictures are counted, those that
+        come after the unit may still be its own.
         """
         for keyframes in EXACT_RETRIES:
             yield earlier_start(self._index, unit.first, keyframes), unit.last, None
-        keyframes, first, origin = FURTHER, -1, earlier_start(self._index, unit.first, 1 << 62)
-        while first != origin:
+        keyframes, first, origin = FURTHER, -1, self._origin(unit.first)
+        while first != origin and self._index.timed:
             first = earlier_start(self._index, unit.first, keyframes)
             yield first, unit.last, "earlier"
+            if self._reaches_known(unit, first):
+                break
             keyframes *= FURTHER
         keyframes, last, end = FURTHER, -1, len(self._index.pts) - 1
         while last != end:
             last = self._after(unit.last, keyframes)
-            yield unit.first, last, "any"
+            yield unit.first, last, "later"
             keyframes *= FURTHER
+        yield unit.first, end, "any"
+
+    def _origin(self, packet: int) -> int:
+        """Where the stretch of the clock begins in which a packet lies."""
+        return earlier_start(self._index, packet, len(self._index.starts))
+
+    def _reaches_known(self, unit: Unit, first: int) -> bool:
+        """Whether what lies before `first` was searched for an earlier unit."""
+        return first - 1 <= self._barren.last < unit.first
+
+    def _learn(self, unit: Unit, first: int, last: int) -> None:
+        """Note what a run told about where there is nothing sound: damage may be long."""
+        known = self._barren.stand_in if self._reaches_known(unit, first) else None
+        found = [one for one in (known, self._heard.latest) if one]
+        latest = max(found, key=lambda one: one.place, default=None)
+        if self._heard.all_of_them and (latest or first == self._origin(first)):
+            self._barren = _Barren(last, latest)
 
     def _run(
         self,
@@ -100,7 +150,7 @@ class UnitDecoder:
         ranks = unit.ranks[np.array(rows) - unit.row]
         wanted = self._index.order[ranks]
         places = self._index.place[wanted] if self._index.timed else ranks
-        pictures = decoder.decode(self._reader.packets(first, last), wanted, skip=skip)
+        self._heard = _Heard(decoder.decode(self._reader.packets(first, last), wanted, skip=skip))
         due = 0
 
         def write(row: int, picture: Any, is_substitute: bool) -> bool:
@@ -116,8 +166,15 @@ class UnitDecoder:
             due = min(due + is_next, len(rows) - 1)
             return True
 
-        counted = not self._index.timed
-        lost = fill(pictures, places.tolist(), rows, write, substitute=substitute, counted=counted)
+        lost = fill(
+            self._heard,
+            places.tolist(),
+            rows,
+            write,
+            counted=not self._index.timed,
+            substitute=substitute,
+            stand_in=self._barren.stand_in if self._reaches_known(unit, first) else None,
+        )
         self._count()
         return lost
 
