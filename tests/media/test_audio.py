@@ -254,7 +254,7 @@ def pieces(*times):
     return [SimpleNamespace(time=time, samples=320, sample_rate=16000) for time in times]
 
 
-@pytest.mark.parametrize("leap", [30.0, -1.5, 90_000.0])
+@pytest.mark.parametrize("leap", [0.5, 5.0, 30.0, -1.5, 90_000.0])
 def test_few_damaged_times_are_not_believed(leap):
     """Several pieces may have their times from one that is damaged."""
     clock = [2.0 + k / 50 for k in range(100)]
@@ -270,10 +270,21 @@ def test_few_damaged_times_are_not_believed(leap):
     assert audio._lost(frame, audio._Coming(iter([])), 2.0) == 0
 
 
+def test_short_bursts_lie_where_they_belong(tmp_path):
+    """Each pause is followed by another one soon."""
+    path, noise = holed(
+        tmp_path, lambda number: True, lambda begin: 15.0 * (begin >= 2) + 20.0 * (begin >= 2.6)
+    )
+    sound = read_audio(path).numpy()
+    for begin, at in ((0, 0), (2.0, 17.0), (2.6, 37.6)):
+        piece = noise[round(begin * 16000) :][:8000]
+        assert sound[round(at * 16000) :][:8000] == pytest.approx(piece, abs=1e-4)
+
+
 def test_looking_ahead_loses_no_frames():
     coming, seen = audio._Coming(iter(pieces(*range(5)))), []
     for frame in coming:
-        coming.agree(frame)
+        coming.agree(frame, is_gap=True)
         seen.append(frame.time)
     assert seen == [0, 1, 2, 3, 4]
 

@@ -251,6 +251,24 @@ def test_a_long_stretch_is_searched_once(clip):
     assert video.bytes_read < 12 * sum(packet.size for packet in packets)
 
 
+def test_a_damaged_start_is_searched_once(clip, truth):
+    source = clip("h264_all_intra").path
+    content = bytearray(source.read_bytes())
+    with av.open(str(source)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    for packet in packets[:60]:
+        content[packet.pos + 4 : packet.pos + packet.size] = bytes(packet.size - 4)
+    path = source.with_name("late.mp4")
+    path.write_bytes(content)
+
+    video = read_video(path, indices=range(72), workers=1)
+
+    due = [max(rank, 60) for rank in range(72)]
+    assert np.array_equal(video.frames.numpy(), truth("h264_all_intra")[due])
+    assert video.damaged == 60
+    assert video.bytes_read < 60 * sum(packet.size for packet in packets)
+
+
 def test_frames_behind_a_damaged_start_are_not_lost(clip, truth):
     """A stream whose first keyframe is damaged, in one unit that is longer than the window."""
     source = clip("h264_open_gop").path

@@ -153,6 +153,7 @@ def test_message_keys_choose_sizes(clip):
     assert size(min_pixels=1, total_pixels=10_000) == (56, 112)
     assert size(resized_height=60, resized_width=111) == (56, 112)
     assert size(resized_height=28, resized_width=28) == (56, 56)  # four tokens at least
+    assert size(resized_height=0.5, resized_width=0.5) == (56, 56)
     assert size(min_pixels=200_000)[0] * size(min_pixels=200_000)[1] >= 200_000
     large = read_message(part(clip, nframes=2, min_pixels=1), multiple=32)
     assert [side % 32 for side in large.frames.shape[2:]] == [0, 0]

@@ -20,8 +20,7 @@ Samples = NDArray[np.float32]
 
 GAP_SECONDS = 0.1  # less than this between two pieces of sound may be rounding
 LONGEST_OVERLAP_SECONDS = 1.0  # more than this back in time is a new clock, as for pictures
-JUMP_SECONDS = 10.0  # a longer gap, or a fall, is believed if what follows agrees
-AGREEMENT_SECONDS = 1.0  # for so long
+AGREEMENT_SECONDS = 1.0  # a gap or a fall is believed if for so long nothing speaks against it
 LONGEST_GAP_SECONDS = 3600.0  # more than this is a new clock, and nothing is missing
 
 
@@ -155,8 +154,15 @@ class _Coming:
         while self._seen or self._fetch():
             yield self._seen.popleft()
 
-    def agree(self, frame: Any) -> bool:
-        """Whether the frames of the next second follow this one: its time is no accident."""
+    def agree(self, frame: Any, is_gap: bool) -> bool:
+        """Whether the time of a frame is no accident: those of the next second go on from it.
+
+        After a gap there may be more of them, and after a fall more falls, but no way back.
+
+        Args:
+            frame: the frame that came last.
+            is_gap: whether it came late, and not early.
+        """
         begin = due = frame.time
         at = 0
         while due - begin < AGREEMENT_SECONDS:
@@ -164,9 +170,11 @@ class _Coming:
             if at == len(self._seen) and not self._fetch():
                 return at > 0
             frame = self._seen[at]
-            if frame.time is None or abs(frame.time - due) > GAP_SECONDS:
-                return False
             at += 1
+            late = 0.0 if frame.time is None else frame.time - due
+            if (-late if is_gap else late) > GAP_SECONDS:
+                return False
+            due = frame.time if abs(late) > GAP_SECONDS else due
         return True
 
     def _fetch(self) -> bool:
@@ -184,7 +192,7 @@ def _lost(frame: Any, coming: _Coming, due: float | None) -> float:
     lost: float = frame.time - due
     if abs(lost) <= GAP_SECONDS:
         return 0.0
-    if not 0 < lost < JUMP_SECONDS and not coming.agree(frame):
+    if not coming.agree(frame, is_gap=lost > 0):
         return 0.0  # a damaged time among good ones
     return lost if lost < LONGEST_GAP_SECONDS else -lost
 

@@ -144,7 +144,8 @@ def _count(part: _Part, index: PacketIndex, available: int) -> int:
 def _size(part: _Part, multiple: int) -> PixelLimits | tuple[int, int]:
     token = multiple**2
     if "resized_height" in part.numbers:
-        height, width = (int(part.numbers[f"resized_{side}"]) for side in ("height", "width"))
+        sides = (part.numbers[f"resized_{side}"] for side in ("height", "width"))
+        height, width = (max(1, int(side)) for side in sides)
         few, many = (count * token for count in SET_TOKENS)
         return PixelLimits(multiple, few, many)(height, width, 1)
     least = int(part.get("min_pixels", MIN_TOKENS * token))

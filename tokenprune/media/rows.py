@@ -203,7 +203,7 @@ class Rows:
                 self._change.notify_all()
 
     def fail(self, error: BaseException, row: int | None = None) -> None:
-        """Begin nothing more; the error is raised where rows are missed. The first one counts.
+        """Begin nothing more; the error is raised where rows are missed, the earliest one first.
 
         Args:
             error: what happened.
@@ -211,8 +211,9 @@ class Rows:
                 that are still missed.
         """
         with self._change:
-            if self._error is None:
-                self._error, self._error_row = error, self._taken if row is None else row
+            row = self._taken if row is None else row
+            if self._error is None or row < self._error_row:
+                self._error, self._error_row = error, row
             self._change.notify_all()
 
     def _is_lost(self, number: int) -> bool:

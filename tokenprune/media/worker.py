@@ -62,7 +62,7 @@ class UnitDecoder:
         self._reader = PacketReader(index, self._at_packet)
         self._quick = PictureDecoder(index, threads)
         self._careful: PictureDecoder | None = None
-        self._barren = _Barren()
+        self._barren = self._known = _Barren()  # as of now, and before the unit at work
 
     def close(self) -> None:
         """Free the decoders and close the file."""
@@ -83,18 +83,18 @@ class UnitDecoder:
         missing = self._run(self._quick, unit, missing, unit.first, unit.last, skip=skip)
         if not missing:
             return
+        self._known = self._barren
         for first, last, substitute in self._retries(unit):
             # One thread tells best which packet was damaged.
             self._careful = self._careful or PictureDecoder(self._index, 1)
             missing = self._run(
                 self._careful, unit, missing, first, last, skip=False, substitute=substitute
             )
+            self._learn(unit, first, last)
             if not missing:
-                break
-        self._learn(unit, first, last)
-        if missing:
-            rank, name = unit.ranks[missing[0] - unit.row], self._index.info.path
-            raise DecodeError(f"{name!r} is damaged: nothing is left to stand for frame {rank}")
+                return
+        rank, name = unit.ranks[missing[0] - unit.row], self._index.info.path
+        raise DecodeError(f"{name!r} is damaged: nothing is left to stand for frame {rank}")
 
     def _retries(self, unit: Unit) -> Iterator[tuple[int, int, Substitute | None]]:
         """From which packet to which to decode again, and what may stand for a lost frame.
@@ -106,18 +106,19 @@ class UnitDecoder:
         for keyframes in EXACT_RETRIES:
             yield earlier_start(self._index, unit.first, keyframes), unit.last, None
         keyframes, first, origin = FURTHER, -1, self._origin(unit.first)
+        end = len(self._index.pts) - 1
         while first != origin and self._index.timed:
             first = earlier_start(self._index, unit.first, keyframes)
             yield first, unit.last, "earlier"
             if self._reaches_known(unit, first):
                 break
             keyframes *= FURTHER
-        keyframes, last, end = FURTHER, -1, len(self._index.pts) - 1
-        while last != end:
+        keyframes, last = FURTHER, -1
+        while last != end and self._index.timed:
             last = self._after(unit.last, keyframes)
             yield unit.first, last, "later"
             keyframes *= FURTHER
-        yield unit.first, end, "any"
+        yield origin, end, "any"
 
     def _origin(self, packet: int) -> int:
         """Where the stretch of the clock begins in which a packet lies."""
@@ -125,11 +126,12 @@ class UnitDecoder:
 
     def _reaches_known(self, unit: Unit, first: int) -> bool:
         """Whether what lies before `first` was searched for an earlier unit."""
-        return first - 1 <= self._barren.last < unit.first
+        known, epoch = self._known, self._index.epoch
+        return first - 1 <= known.last < unit.first and epoch[known.last] == epoch[unit.first]
 
     def _learn(self, unit: Unit, first: int, last: int) -> None:
         """Note what a run told about where there is nothing sound: damage may be long."""
-        known = self._barren.stand_in if self._reaches_known(unit, first) else None
+        known = self._known.stand_in if self._reaches_known(unit, first) else None
         found = [one for one in (known, self._heard.latest) if one]
         latest = max(found, key=lambda one: one.place, default=None)
         if self._heard.all_of_them and (latest or first == self._origin(first)):
@@ -173,7 +175,7 @@ class UnitDecoder:
             write,
             counted=not self._index.timed,
             substitute=substitute,
-            stand_in=self._barren.stand_in if self._reaches_known(unit, first) else None,
+            stand_in=self._known.stand_in if self._reaches_known(unit, first) else None,
         )
         self._count()
         return lost
