@@ -24,6 +24,19 @@ def spoil(clip, name, change):
     return path
 
 
+def blanked(clip, name, which):
+    """A copy of a clip's file, some packets blanked but for their heads; and all its packets."""
+    with av.open(str(clip.path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+
+    def change(content):
+        for packet in packets[which]:
+            content[packet.pos + 4 : packet.pos + packet.size] = bytes(packet.size - 4)
+        return content
+
+    return spoil(clip, name, change), packets
+
+
 def wound(clip, name):
     """A copy of a clip's file with two large packets in its middle blanked."""
     with av.open(str(clip.path)) as container:
@@ -184,12 +197,7 @@ def check(video, numbers, whole):
 
 
 def test_substitute_is_the_frame_before(clip):
-    content = bytearray(clip("h264_all_intra").path.read_bytes())
-    with av.open(str(clip("h264_all_intra").path)) as container:
-        packet = [packet for packet in container.demux(video=0) if packet.size][30]
-    content[packet.pos + 4 : packet.pos + packet.size] = bytes(packet.size - 4)
-    path = clip("h264_all_intra").path.with_name("hole.mp4")
-    path.write_bytes(content)
+    path, _ = blanked(clip("h264_all_intra"), "hole", slice(30, 31))
 
     video = read_video(path, indices=[28, 29, 30, 31], workers=1)
 
@@ -200,12 +208,7 @@ def test_substitute_is_the_frame_before(clip):
 
 
 def test_damaged_first_frame_takes_the_next(clip):
-    with av.open(str(clip("h264_all_intra").path)) as container:
-        packet = next(container.demux(video=0))
-    content = bytearray(clip("h264_all_intra").path.read_bytes())
-    content[packet.pos + 4 : packet.pos + packet.size] = bytes(packet.size - 4)
-    path = clip("h264_all_intra").path.with_name("beheaded.mp4")
-    path.write_bytes(content)
+    path, _ = blanked(clip("h264_all_intra"), "beheaded", slice(1))
 
     video = read_video(path, indices=[0, 5], workers=1)
 
@@ -216,14 +219,7 @@ def test_damaged_first_frame_takes_the_next(clip):
 @pytest.mark.parametrize(("first", "last"), [(30, 50), (0, 20)])
 def test_a_long_stretch_of_damage_is_filled(first, last, clip, truth):
     """From before it, however far; or, at the start, from behind it."""
-    source = clip("h264_all_intra").path
-    content = bytearray(source.read_bytes())
-    with av.open(str(source)) as container:
-        packets = [packet for packet in container.demux(video=0) if packet.size]
-    for packet in packets[first:last]:
-        content[packet.pos + 4 : packet.pos + packet.size] = bytes(packet.size - 4)
-    path = source.with_name(f"stretch_{first}.mp4")
-    path.write_bytes(content)
+    path, _ = blanked(clip("h264_all_intra"), f"stretch_{first}", slice(first, last))
 
     for wanted in (list(range(72)), [first + 10], [first, last, last - 1]):
         for workers in (1, 3):
@@ -236,14 +232,7 @@ def test_a_long_stretch_of_damage_is_filled(first, last, clip, truth):
 
 def test_a_long_stretch_is_searched_once(clip):
     """Not from each of its frames on, all the way back."""
-    source = clip("h264_all_intra").path
-    content = bytearray(source.read_bytes())
-    with av.open(str(source)) as container:
-        packets = [packet for packet in container.demux(video=0) if packet.size]
-    for packet in packets[2:]:
-        content[packet.pos + 4 : packet.pos + packet.size] = bytes(packet.size - 4)
-    path = source.with_name("nearly_all.mp4")
-    path.write_bytes(content)
+    path, packets = blanked(clip("h264_all_intra"), "nearly_all", slice(2, None))
 
     video = read_video(path, indices=range(72), workers=1)
 
@@ -252,14 +241,7 @@ def test_a_long_stretch_is_searched_once(clip):
 
 
 def test_a_damaged_start_is_searched_once(clip, truth):
-    source = clip("h264_all_intra").path
-    content = bytearray(source.read_bytes())
-    with av.open(str(source)) as container:
-        packets = [packet for packet in container.demux(video=0) if packet.size]
-    for packet in packets[:60]:
-        content[packet.pos + 4 : packet.pos + packet.size] = bytes(packet.size - 4)
-    path = source.with_name("late.mp4")
-    path.write_bytes(content)
+    path, packets = blanked(clip("h264_all_intra"), "late", slice(None, 60))
 
     video = read_video(path, indices=range(72), workers=1)
 
@@ -271,13 +253,7 @@ def test_a_damaged_start_is_searched_once(clip, truth):
 
 def test_frames_behind_a_damaged_start_are_not_lost(clip, truth):
     """A stream whose first keyframe is damaged, in one unit that is longer than the window."""
-    source = clip("h264_open_gop").path
-    content = bytearray(source.read_bytes())
-    with av.open(str(source)) as container:
-        packet = next(container.demux(video=0))
-    content[packet.pos + 4 : packet.pos + packet.size] = bytes(packet.size - 4)
-    path = source.with_name("start.mp4")
-    path.write_bytes(content)
+    path, _ = blanked(clip("h264_open_gop"), "start", slice(1))
 
     for workers in (1, 2):
         groups = list(stream_video(path, frames=72, group=2, workers=workers))
@@ -306,14 +282,7 @@ def test_a_later_sound_picture_is_better_than_a_damaged_one(clip, truth):
 
 def test_a_damaged_start_hides_no_turn(clip, monkeypatch):
     """The first picture tells how to hold all of them, wherever it comes."""
-    source = clip("h264_rotated").path
-    content = bytearray(source.read_bytes())
-    with av.open(str(source)) as container:
-        packets = [packet for packet in container.demux(video=0) if packet.size]
-    for packet in packets[:24]:
-        content[packet.pos + 4 : packet.pos + packet.size] = bytes(packet.size - 4)
-    path = source.with_name("beheaded_turned.mp4")
-    path.write_bytes(content)
+    path, _ = blanked(clip("h264_rotated"), "beheaded_turned", slice(None, 24))
     monkeypatch.setattr("tokenprune.media.index._LOOKS", 10)
 
     video = read_video(path, indices=[3, 40])
