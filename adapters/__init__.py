@@ -1,1 +1,1 @@
-"""Model families, one per file: a subclass of `tokenprune.adapter.Adapter` registers itself."""
+"""Model families, one per file: a subclass of `tokenprune.adapters.base.Adapter` registers."""

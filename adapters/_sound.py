@@ -9,8 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tokenprune.adapter import Item
-from tokenprune.indices import runs
+from tokenprune.adapters.base import Item
+from tokenprune.core.indices import runs
 
 __all__ = ["MEL_SECONDS", "Windows", "evenly"]
 

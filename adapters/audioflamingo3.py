@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tokenprune.adapter import Adapter, Item, MediaCall
 from tokenprune.adapters._sound import MEL_SECONDS, Windows
-from tokenprune.layout import Modality
+from tokenprune.adapters.base import Adapter, Item, MediaCall
+from tokenprune.core.layout import Modality
 
 __all__ = ["AudioFlamingo3"]
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokenprune.adapter import Tower
 from tokenprune.adapters._pixels import HALF, Normalisation
+from tokenprune.adapters.base import Tower
 from tokenprune.adapters.internvl import InternVL
-from tokenprune.layout import Modality
+from tokenprune.core.layout import Modality
 
 __all__ = ["AyaVision"]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokenprune.adapter import Item, MediaCall, Tower
+from tokenprune.adapters.base import Item, MediaCall, Tower
 from tokenprune.adapters.llava import Llava
-from tokenprune.layout import Modality
+from tokenprune.core.layout import Modality
 
 __all__ = ["Gemma3"]
 

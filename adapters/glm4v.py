@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from tokenprune.adapters.qwen2_vl import Qwen2VL
-from tokenprune.layout import MODALITIES, Modality
+from tokenprune.core.layout import MODALITIES, Modality
 
 __all__ = ["Glm4v"]
 

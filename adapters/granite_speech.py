@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from tokenprune.adapter import Adapter, Item, MediaCall
 from tokenprune.adapters._sound import MEL_SECONDS
-from tokenprune.layout import Modality
+from tokenprune.adapters.base import Adapter, Item, MediaCall
+from tokenprune.core.layout import Modality
 
 __all__ = ["GraniteSpeech"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokenprune.adapter import Adapter, Item, MediaCall, Tower
 from tokenprune.adapters._pixels import CLIP, HALF, Normalisation, patches
-from tokenprune.layout import Modality
+from tokenprune.adapters.base import Adapter, Item, MediaCall, Tower
+from tokenprune.core.layout import Modality
 
 __all__ = ["Llava"]
 

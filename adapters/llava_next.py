@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from tokenprune.adapter import Item, MediaCall
+from tokenprune.adapters.base import Item, MediaCall
 from tokenprune.adapters.llava import Llava
-from tokenprune.layout import Modality
+from tokenprune.core.layout import Modality
 
 __all__ = ["LlavaNext"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokenprune.adapter import Item, MediaCall
+from tokenprune.adapters.base import Item, MediaCall
 from tokenprune.adapters.llava_next_video import LlavaNextVideo
-from tokenprune.layout import Modality
+from tokenprune.core.layout import Modality
 
 __all__ = ["LlavaOnevision"]
 

@@ -5,7 +5,7 @@ On a CLIP tower without the layers behind the features, its architecture is Long
 a frame of 336 pixels, one after the other, with nothing between frames. To LongVA an image is a
 video of its tiles. They are cut by its own rule, which is LLaVA-NeXT's without the view of the
 whole; the processors for that, which transformers lacks, are here. transformers alone refuses
-to load it: load by `tokenprune.loading.load_model`, or import this module before.
+to load it: load by `tokenprune.models.loading.load_model`, or import this module before.
 
 Differences that remain: pictures are resized by torchvision, as transformers does, where LongVA
 uses PIL (both bicubic, up to three levels of 255 apart here and there), and by the decoder where
@@ -26,8 +26,8 @@ import transformers
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from tokenprune.conversion import plan_weights, weight_files, write_weights
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
+from tokenprune.models.convert import plan_weights, weight_files, write_weights
 
 __all__ = ["LongVAImageProcessor", "LongVAProcessor", "convert"]
 

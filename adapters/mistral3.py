@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional
 
-from tokenprune.adapter import Item, MediaCall
+from tokenprune.adapters.base import Item, MediaCall
 from tokenprune.adapters.llava import Llava
-from tokenprune.layout import Modality
+from tokenprune.core.layout import Modality
 
 __all__ = ["Mistral3"]
 

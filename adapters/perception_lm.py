@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPVisionConfig
 
-from tokenprune.adapter import Adapter, Item, MediaCall, Tower
 from tokenprune.adapters._pixels import CLIP, HALF, Normalisation, patches
+from tokenprune.adapters.base import Adapter, Item, MediaCall, Tower
 from tokenprune.adapters.longva import LongVAImageProcessor, LongVAProcessor
-from tokenprune.indices import runs
-from tokenprune.layout import Modality
+from tokenprune.core.indices import runs
+from tokenprune.core.layout import Modality
 
 __all__ = ["PerceptionLM"]
 

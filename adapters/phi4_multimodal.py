@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokenprune.adapter import Adapter, Item, MediaCall, Tower
 from tokenprune.adapters._pixels import HALF, Normalisation, patches
 from tokenprune.adapters._sound import MEL_SECONDS, evenly
-from tokenprune.layout import Modality
+from tokenprune.adapters.base import Adapter, Item, MediaCall, Tower
+from tokenprune.core.layout import Modality
 
 __all__ = ["Phi4Multimodal"]
 

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from tokenprune.adapter import Item, MediaCall, Tower
+from tokenprune.adapters.base import Item, MediaCall, Tower
 from tokenprune.adapters.qwen2_5_vl import Qwen2_5VL
 from tokenprune.adapters.qwen2_audio import sounds
-from tokenprune.layout import Modality
+from tokenprune.core.layout import Modality
 
 __all__ = ["Qwen2_5Omni"]
 

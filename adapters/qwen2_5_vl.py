@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.adapter import Tower
+from tokenprune.adapters.base import Tower
 from tokenprune.adapters.qwen2_vl import Grid, Qwen2VL
-from tokenprune.layout import Modality
+from tokenprune.core.layout import Modality
 
 __all__ = ["Qwen2_5VL"]
 

@@ -7,10 +7,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from tokenprune.adapter import Adapter, Item, MediaCall
 from tokenprune.adapters._sound import MEL_SECONDS, evenly
+from tokenprune.adapters.base import Adapter, Item, MediaCall
+from tokenprune.core.layout import Modality
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.layout import Modality
 
 __all__ = ["SECONDS_PER_TOKEN", "Qwen2Audio", "sounds"]
 

@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from tokenprune.adapter import Item, MediaCall, Tower
 from tokenprune.adapters._sound import MEL_SECONDS
+from tokenprune.adapters.base import Item, MediaCall, Tower
 from tokenprune.adapters.qwen3_vl import Qwen3VL
-from tokenprune.layout import Modality
+from tokenprune.core.layout import Modality
 
 __all__ = ["Qwen3OmniMoe"]
 

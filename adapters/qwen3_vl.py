@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenprune.adapters._pixels import HALF, Normalisation
 from tokenprune.adapters.qwen2_vl import Qwen2VL
-from tokenprune.layout import Modality
+from tokenprune.core.layout import Modality
 
 __all__ = ["Qwen3VL"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from tokenprune.adapters.qwen3_vl import Qwen3VL
-from tokenprune.layout import Modality
+from tokenprune.core.layout import Modality
 
 __all__ = ["Qwen3VLMoe"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from tokenprune.adapters.idefics3 import Idefics3
-from tokenprune.layout import Modality
+from tokenprune.core.layout import Modality
 
 __all__ = ["SmolVLM"]
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.adapter import Adapter, Item, MediaCall, Tower
 from tokenprune.adapters._pixels import HALF, Normalisation
-from tokenprune.layout import Modality
+from tokenprune.adapters.base import Adapter, Item, MediaCall, Tower
+from tokenprune.core.layout import Modality
 
 __all__ = ["VideoLlama3"]
 

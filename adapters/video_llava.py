@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tokenprune.adapter import Item, MediaCall
+from tokenprune.adapters.base import Item, MediaCall
 from tokenprune.adapters.llava import Llava
-from tokenprune.layout import Modality
+from tokenprune.core.layout import Modality
 
 __all__ = ["VideoLlava"]
 

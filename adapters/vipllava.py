@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from tokenprune.adapter import Item, MediaCall
+from tokenprune.adapters.base import Item, MediaCall
 from tokenprune.adapters.llava import Llava
-from tokenprune.layout import Modality
+from tokenprune.core.layout import Modality
 
 __all__ = ["VipLlava"]
 

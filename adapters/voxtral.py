@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from tokenprune.adapter import Adapter, Item, MediaCall
 from tokenprune.adapters._sound import MEL_SECONDS, Windows
-from tokenprune.layout import Modality
+from tokenprune.adapters.base import Adapter, Item, MediaCall
+from tokenprune.core.layout import Modality
 
 __all__ = ["Voxtral"]
 

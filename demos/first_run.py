@@ -12,11 +12,11 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.answering import Answer, answer
+from tokenprune.asking import Answer, answer
+from tokenprune.core.recipe import Recipe
+from tokenprune.core.stage import Cache
 from tokenprune.errors import MediaError, TokenPruneError
-from tokenprune.loading import LoadedModel, Media, load_model, read_media
-from tokenprune.recipe import Recipe
-from tokenprune.stage import Cache
+from tokenprune.models.loading import LoadedModel, Media, load_model, read_media
 
 __all__ = ["first_run", "pick_questions", "sample_video"]
 

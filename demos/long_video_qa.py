@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 from transformers import TextIteratorStreamer
 
-from tokenprune.answering import Answer, answer, default_recipe, numbers
+from tokenprune.asking import Answer, answer, default_recipe, numbers
+from tokenprune.core.recipe import Recipe
 from tokenprune.demos.first_run import sample_video
 from tokenprune.errors import MediaError, MissingExtraError, TokenPruneError
-from tokenprune.loading import LoadedModel, Media, load_model, read_media
-from tokenprune.recipe import Recipe
+from tokenprune.models.loading import LoadedModel, Media, load_model, read_media
 
 if TYPE_CHECKING:
     import gradio

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from tokenprune.engine import prune
+from tokenprune.core.recipe import Recipe
+from tokenprune.engine.patch import prune
 from tokenprune.errors import RecipeError
-from tokenprune.loading import LoadedModel
-from tokenprune.recipe import Recipe
+from tokenprune.models.loading import LoadedModel
 
 __all__ = ["Result", "check_run", "evaluate_recipes", "find_task"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import sys
 import wave
@@ -29,7 +30,9 @@ def pytest_report_header() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let pass what older releases of transformers warn of themselves."""
+    """Let pass what older releases of transformers warn of themselves; draw the run's seed."""
+    # Drawn before the workers of pytest-xdist start, since all of them must collect the same tests.
+    os.environ.setdefault("TOKENPRUNE_DRAW", str(random.SystemRandom().randrange(10**9)))
     for warning in WARNINGS:
         config.addinivalue_line("filterwarnings", warning)
 
@@ -137,7 +140,7 @@ def command(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Ran]]:
     """Runs `tokenprune` with some arguments."""
-    from tokenprune.cli import main
+    from tokenprune.cli.app import main
 
     logger = logging.getLogger("transformers")
     level = logger.level

@@ -13,9 +13,9 @@ from torch import Tensor
 from tests.checkpoints import HEARING, SEEING, WATCHING
 from tests.tiny import decoder_of
 from tokenprune import prune
-from tokenprune.layout import AUDIO, VIDEO
-from tokenprune.loading import LoadedModel, Media, frame_size, load_model
+from tokenprune.core.layout import AUDIO, VIDEO
 from tokenprune.media import Timings, Video, VideoInfo
+from tokenprune.models.loading import LoadedModel, Media, frame_size, load_model
 
 BOTH = [name for name in HEARING if name in SEEING]
 # A model that only hears takes the sound track of a video.

@@ -10,8 +10,8 @@ import torch
 
 from tests.tiny import build
 from tokenprune import list_methods, list_models, prune
+from tokenprune.core.stage import Method
 from tokenprune.eval.mini.sample import write_sample
-from tokenprune.stage import Method
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -61,13 +61,13 @@ def test_frames_and_sound_are_read(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_method_to_add_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenprune.stage._METHODS", {})  # it is not there for other tests
+    monkeypatch.setattr("tokenprune.core.stage._METHODS", {})  # it is not there for other tests
     lines = [
         "from dataclasses import dataclass",
-        "from tokenprune.layout import TokenLayout",
-        "from tokenprune.selection import Selection, count",
-        "from tokenprune.stage import Cache, CacheContext, Site, Stage",
-        "from tokenprune.stages.selectors import top",
+        "from tokenprune.core.layout import TokenLayout",
+        "from tokenprune.core.selection import Selection, count",
+        "from tokenprune.core.stage import Cache, CacheContext, Site, Stage",
+        "from tokenprune.core.selectors import top",
         BLOCKS[3],
     ]
     names: dict[str, type[Method]] = {}

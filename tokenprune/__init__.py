@@ -7,8 +7,12 @@ print(report)
 ```
 """
 
-from tokenprune.adapter import adapter_for, list_models
-from tokenprune.engine import prune
+from tokenprune.adapters.base import adapter_for, list_models
+from tokenprune.core.layout import TokenLayout
+from tokenprune.core.recipe import Recipe
+from tokenprune.core.selection import Selection
+from tokenprune.core.stage import list_methods
+from tokenprune.engine.patch import prune
 from tokenprune.errors import (
     DecodeError,
     MediaError,
@@ -18,12 +22,8 @@ from tokenprune.errors import (
     TokenPruneError,
     UnsupportedModelError,
 )
-from tokenprune.layout import TokenLayout
-from tokenprune.recipe import Recipe
-from tokenprune.report import Report
-from tokenprune.selection import Selection
-from tokenprune.session import Session
-from tokenprune.stage import list_methods
+from tokenprune.report.report import Report
+from tokenprune.session.session import Session
 
 __all__ = [
     "DecodeError",

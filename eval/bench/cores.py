@@ -24,10 +24,10 @@ import typer
 
 from tokenprune.eval.bench.decode import CELLS, SIZE
 from tokenprune.eval.bench.footage import make
-from tokenprune.media.index import index_video
-from tokenprune.media.plan import plan_units
-from tokenprune.media.rows import Rows
-from tokenprune.media.worker import UnitDecoder
+from tokenprune.media.decode.plan import plan_units
+from tokenprune.media.decode.rows import Rows
+from tokenprune.media.decode.worker import UnitDecoder
+from tokenprune.media.index.index import index_video
 
 MOST_CORES = 64
 

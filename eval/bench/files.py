@@ -18,12 +18,12 @@ import torch
 import typer
 from tqdm import tqdm
 
-from tokenprune.answering import answer
+from tokenprune.asking import answer
+from tokenprune.core.recipe import Recipe
 from tokenprune.eval.mini.sample import write_sample
 from tokenprune.eval.run import evaluate_recipes
 from tokenprune.eval.tasks.mini_video import score
-from tokenprune.loading import LoadedModel, load_model, read_media
-from tokenprune.recipe import Recipe
+from tokenprune.models.loading import LoadedModel, load_model, read_media
 
 
 def through_files(

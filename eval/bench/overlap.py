@@ -35,10 +35,10 @@ from transformers import (
 )
 
 from tokenprune.eval.bench.footage import Footage, make
-from tokenprune.loading import LoadedModel, frame_size, load_outline
 from tokenprune.media import stream_video
-from tokenprune.session import Session
-from tokenprune.timeline import Timeline
+from tokenprune.models.loading import LoadedModel, frame_size, load_outline
+from tokenprune.report.timeline import Timeline
+from tokenprune.session.session import Session
 
 FOOTAGE = Footage("ten-minutes-360p-g250", 360, 640, 250, 550, 10)
 SIDE = 224  # pixels of a frame, in patches of 16

@@ -36,8 +36,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from tokenprune.engine import Patch, prune
-from tokenprune.flops import prefill_flops
+from tokenprune.engine.patch import Patch, prune
+from tokenprune.plan.flops import prefill_flops
 
 FRAMES = 31  # of 14 x 14 tokens, and a newline token: 6,077
 TEXT = 32

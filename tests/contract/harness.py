@@ -21,9 +21,9 @@ from tests.contract.oracle import (
 )
 from tests.tiny import decoder_of
 from tokenprune import prune
-from tokenprune.adapter import adapter_for
-from tokenprune.layout import MODALITIES
-from tokenprune.recipe import Recipe
+from tokenprune.adapters.base import adapter_for
+from tokenprune.core.layout import MODALITIES
+from tokenprune.core.recipe import Recipe
 
 NEW_TOKENS = 6
 

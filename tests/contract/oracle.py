@@ -6,8 +6,8 @@ it from the layer on at which it went (or in one layer and head only, for a cach
 embeddings are written into the hidden states of the layer where the merge took place.
 
 Nothing here is imported from the engine, and nothing is asked of it but the decisions it wrote
-down (see `tokenprune.report`): a decision that was recorded but not carried out, or carried out
-differently, shows as a difference of logits.
+down (see `tokenprune.report.report`): a decision that was recorded but not carried out, or carried
+out differently, shows as a difference of logits.
 """
 
 from __future__ import annotations

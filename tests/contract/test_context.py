@@ -17,10 +17,10 @@ from tests.contract.harness import generate, model_of, prompt_of, windows_of
 from tests.contract.oracle import assert_close
 from tests.tiny import FAMILIES, decoder_of
 from tokenprune import prune
-from tokenprune.adapter import adapter_for
+from tokenprune.adapters.base import adapter_for
+from tokenprune.core.selection import Merge, Selection
+from tokenprune.core.stage import Cache, EncoderStage, Input, Layer, Site, Stage
 from tokenprune.errors import RecipeError
-from tokenprune.selection import Merge, Selection
-from tokenprune.stage import Cache, EncoderStage, Input, Layer, Site, Stage
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,11 +52,11 @@ from tests.contract.snapshot import snapshot
 from tests.releases import OLD
 from tests.tiny import FAMILIES, NAMES, PAD, decoder_of
 from tokenprune import prune
-from tokenprune.adapter import adapter_for, list_models
-from tokenprune.cache import CACHE_NAME
+from tokenprune.adapters.base import adapter_for, list_models
+from tokenprune.core.recipe import Recipe
+from tokenprune.core.stage import Cache, Input, Layer, list_methods
+from tokenprune.engine.cache import CACHE_NAME
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
-from tokenprune.recipe import Recipe
-from tokenprune.stage import Cache, Input, Layer, list_methods
 
 OF_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 """Inputs with one entry a token; others have one an image, clip or sound."""

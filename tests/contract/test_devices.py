@@ -17,9 +17,9 @@ from tests.contract.devices import FIRST, HOST, SECOND, Devices, device_of, plac
 from tests.contract.harness import generate, logits_of, prompt_of, pruned
 from tests.tiny import FAMILIES, decoder_of
 from tokenprune import Session, prune
-from tokenprune.cache import CACHE_NAME
-from tokenprune.loading import load_model
-from tokenprune.rollback import cache_from_state, cache_state
+from tokenprune.engine.cache import CACHE_NAME
+from tokenprune.engine.rollback import cache_from_state, cache_state
+from tokenprune.models.loading import load_model
 
 SHORT = (*THREE, "gemma3", "qwen3_vl")
 """With windows, and with features that early layers add."""

@@ -41,7 +41,7 @@ from tests.tiny import VISION_END as END
 from tests.tiny import VISION_START as START
 from tests.tiny.base import merged, noise, pad_batch, patches, prompt
 from tokenprune import prune
-from tokenprune.cache import CACHE_NAME
+from tokenprune.engine.cache import CACHE_NAME
 from tokenprune.errors import UnsupportedModelError
 
 # -- several images, clips and sounds in one prompt

@@ -13,21 +13,23 @@ from typing import Any
 import pytest
 import torch
 
-from tests import test_adapters
+from tests.adapters import test_adapters
 from tests.contract import test_context as context
 from tests.contract import test_contracts as contracts
 from tests.contract.cases import EVERYWHERE
 from tests.contract.harness import forget_pruned_runs
-from tokenprune import engine, prefill
-from tokenprune.adapter import Item
+from tokenprune.adapters.base import Item
 from tokenprune.adapters.llava_next import LlavaNext
 from tokenprune.adapters.qwen2_5_vl import Qwen2_5VL
-from tokenprune.attention import LazyMask
-from tokenprune.cache import PrunedLayer
-from tokenprune.encoder import StreamedView
-from tokenprune.engine import Patch
-from tokenprune.prefill import Flight, Prefill
-from tokenprune.stages import baselines, selectors
+from tokenprune.core import selectors
+from tokenprune.engine import patch as engine
+from tokenprune.engine import prefill
+from tokenprune.engine.cache import PrunedLayer
+from tokenprune.engine.encoders import StreamedView
+from tokenprune.engine.masks import LazyMask
+from tokenprune.engine.patch import Patch
+from tokenprune.engine.prefill import Flight, Prefill
+from tokenprune.methods import baselines
 
 Check = Callable[[], None]
 Fault = Callable[[pytest.MonkeyPatch], Callable[[], None] | None]

@@ -72,7 +72,7 @@ def test_chosen_frames_are_right(kind, made):
 @pytest.mark.parametrize("kind", [*KINDS, *CORPUS])
 def test_every_gap_is_sought(kind, made, clip, monkeypatch):
     """Short files would be read on in; long ones are not."""
-    monkeypatch.setattr("tokenprune.media.demux.SEEK_GAP_BYTES", -1)
+    monkeypatch.setattr("tokenprune.media.decode.demux.SEEK_GAP_BYTES", -1)
     hard = made(kind, SHORT) if kind in CORPUS else clip(kind)
     wanted = list(range(len(hard.numbers) - 1, -1, -11))
     for workers in (1, 3):

@@ -12,9 +12,9 @@ from tests.media.clips import read_number
 from tokenprune import media
 from tokenprune.errors import DecodeError, MediaError
 from tokenprune.media import index_video, probe, read_video, stream_video
-from tokenprune.media.decode import FrameDecoder
+from tokenprune.media.decode.pool import FrameDecoder
+from tokenprune.media.decode.rows import _block
 from tokenprune.media.reader import group_bounds
-from tokenprune.media.rows import _block
 
 
 def workers_alive():
@@ -169,7 +169,7 @@ def test_window_bounds_memory(clip):
 
 def test_large_frames_are_not_piled_up(clip, monkeypatch):
     """Of large ones there is one group ahead, and no more."""
-    monkeypatch.setattr("tokenprune.media.decode.AHEAD_BYTES", 1)
+    monkeypatch.setattr("tokenprune.media.decode.pool.AHEAD_BYTES", 1)
     index = index_video(clip("h264_all_intra").path)
     bounds = group_bounds(72, 4, 2)
     with FrameDecoder(

@@ -1,13 +1,13 @@
 """Reading video and sound: exact frames, decoded in parallel, only where they are wanted."""
 
-from tokenprune.media.audio import read_audio
-from tokenprune.media.features import log_mel, resample
-from tokenprune.media.index import PacketIndex, VideoInfo, index_video, probe
-from tokenprune.media.loader import register_with_transformers
+from tokenprune.media.index.index import PacketIndex, VideoInfo, index_video, probe
 from tokenprune.media.message import read_message
 from tokenprune.media.reader import VideoReader, read_video, stream_video
-from tokenprune.media.sample import SizeRule
+from tokenprune.media.sampling import SizeRule
 from tokenprune.media.size import PixelLimits, ShortestEdge, VolumeLimits
+from tokenprune.media.sound.audio import read_audio
+from tokenprune.media.sound.features import log_mel, resample
+from tokenprune.media.transformers import register_with_transformers
 from tokenprune.media.video import Timings, Video
 
 __all__ = [

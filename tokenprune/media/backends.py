@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenprune.errors import DecodeError, MediaError, MissingExtraError
-from tokenprune.media.decode import Group
-from tokenprune.media.index import Ints, PacketIndex
-from tokenprune.media.plan import has_leading
+from tokenprune.media.decode.plan import has_leading
+from tokenprune.media.decode.pool import Group
+from tokenprune.media.index.index import Ints, PacketIndex
 
 Backend = Literal["pyav", "decord", "torchcodec"]
 TIME_SLACK_SECONDS = 2e-3  # Matroska rounds times to milliseconds, and decord to floats

@@ -8,8 +8,8 @@ from typing import Any, cast
 import numpy as np
 
 from tokenprune.errors import MediaError
-from tokenprune.media.decode import WorkerKind
-from tokenprune.media.index import Ints, PacketIndex
+from tokenprune.media.decode.pool import WorkerKind
+from tokenprune.media.index.index import Ints, PacketIndex
 from tokenprune.media.reader import VideoReader
 from tokenprune.media.size import MAX_TOKENS, MIN_TOKENS, PixelLimits
 from tokenprune.media.video import Video

@@ -10,11 +10,11 @@ import torch
 
 from tokenprune.errors import DecodeError, MediaError
 from tokenprune.media.backends import LIBRARIES, Backend, LibraryDecoder, check_backend
-from tokenprune.media.decode import FrameDecoder, Group, WorkerKind
-from tokenprune.media.demux import IndexMismatch
-from tokenprune.media.index import Ints, PacketIndex, VideoInfo, index_video
-from tokenprune.media.plan import worker_count
-from tokenprune.media.sample import SizeRule, choose_ranks, resolve_size
+from tokenprune.media.decode.demux import IndexMismatch
+from tokenprune.media.decode.plan import worker_count
+from tokenprune.media.decode.pool import FrameDecoder, Group, WorkerKind
+from tokenprune.media.index.index import Ints, PacketIndex, VideoInfo, index_video
+from tokenprune.media.sampling import SizeRule, choose_ranks, resolve_size
 from tokenprune.media.video import Timings, Video
 
 Size = tuple[int, int] | SizeRule | None

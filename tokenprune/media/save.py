@@ -12,7 +12,7 @@ from PIL import Image
 
 from tokenprune.errors import MediaError
 from tokenprune.media.reader import VideoReader
-from tokenprune.media.sample import SizeRule
+from tokenprune.media.sampling import SizeRule
 from tokenprune.media.video import Video
 
 MOST_NAMED = 20  # damaged frames in a text

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from tokenprune.errors import MediaError
-from tokenprune.media.effort import Span
-from tokenprune.media.index import VideoInfo
+from tokenprune.media.decode.effort import Span
+from tokenprune.media.index.index import VideoInfo
 
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata

@@ -1,0 +1,470 @@
+"""Adapters: how a model family lays out its media tokens."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tokenprune.adapters._support import check_architecture
+from tokenprune.core.layout import MODALITIES, Modality, TokenLayout
+from tokenprune.core.stage import ModelShape
+from tokenprune.errors import MediaError, UnsupportedModelError
+
+__all__ = ["Adapter", "Item", "MediaCall", "Tower", "adapter_for", "list_models"]
+
+
+@dataclass(eq=False)
+class MediaCall:
+    """One call of the model's encoder, as seen from outside.
+
+    Attributes:
+        modality: What was encoded.
+        arguments: The bound arguments of `get_image_features` and its kin.
+        maps: By the name of an encoder stage: one `[Nv]` float32 map a view, in encoding order.
+        items: What it encoded; filled in by `Adapter.layouts`.
+    """
+
+    modality: Modality
+    arguments: dict[str, Any]
+    maps: dict[str, list[Tensor]] = field(default_factory=dict)
+    items: list[Item] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Item:
+    """The placeholders of one image, clip or sound, in prompt order.
+
+    Attributes:
+        real: `[P]` bool: whether a placeholder stands for a patch (False: a newline token).
+        canvas: `[N]` int64 for the `N` real ones: which canvas of the item, from 0; of several
+            canvases of an image, 0 shows all of it.
+        frame: `[N]` int64, -1 for images.
+        row: `[N]` int64, -1 for audio.
+        column: `[N]` int64.
+        seconds: `[N]` float64, nan if unknown.
+    """
+
+    real: Tensor
+    canvas: Tensor
+    frame: Tensor
+    row: Tensor
+    column: Tensor
+    seconds: Tensor
+
+    @classmethod
+    def grid(
+        cls, frames: int, rows: int, columns: int, *, video: bool, seconds: Tensor | None = None
+    ) -> Item:
+        """Frames (or tiles) of equal size, one canvas each, no separators.
+
+        Args:
+            seconds: `[frames]`, start of each frame.
+        """
+        frame, row, column = torch.meshgrid(
+            torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij"
+        )
+        frame = frame.flatten()
+        times = torch.full((frames,), torch.nan) if seconds is None else seconds
+        return cls(
+            real=torch.ones(len(frame), dtype=torch.bool),
+            canvas=frame,
+            frame=frame if video else torch.full_like(frame, -1),
+            row=row.flatten(),
+            column=column.flatten(),
+            seconds=times.to(torch.float64)[frame],
+        )
+
+    @classmethod
+    def sound(cls, seconds: Tensor, frame: Tensor | None = None) -> Item:
+        """A sound: one canvas with a single line of tokens.
+
+        Args:
+            seconds: `[N]`, when what each token stands for begins.
+            frame: `[N]` int64, where several tokens stand for the same stretch; None: none do.
+        """
+        index = torch.arange(len(seconds))
+        return cls(
+            real=torch.ones(len(seconds), dtype=torch.bool),
+            canvas=torch.zeros_like(index),
+            frame=index if frame is None else frame,
+            row=torch.full_like(index, -1),
+            column=index,
+            seconds=seconds.to(torch.float64),
+        )
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The encoder of a modality, as methods that read its attention need it.
+
+    Attributes:
+        block: The block whose output becomes the features; its attention is read.
+        prefix_tokens: Leading tokens of each view that are no patches (a class token).
+    """
+
+    block: nn.Module
+    prefix_tokens: int = 0
+
+
+class Adapter(ABC):
+    """What tokenprune must know about a model family. One subclass, in one file of `adapters/`.
+
+    The engine needs no per-family code: it finds the language model by `get_decoder()`. An
+    adapter only says what each placeholder of the prompt stands for.
+    """
+
+    model_types: ClassVar[tuple[str, ...]]
+    """`config.model_type` of the models served."""
+    modalities: ClassVar[tuple[Modality, ...]]
+
+    sound_in_video: ClassVar[bool] = False
+    """Whether a clip's sound track stands between its frames (`use_audio_in_video`)."""
+    seconds_name: ClassVar[str | None] = None
+    """The model's argument that tells the seconds between frames; None if there is none."""
+
+    _registry: ClassVar[dict[str, type[Adapter]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for model_type in cls.__dict__.get("model_types", ()):
+            Adapter._registry[model_type] = cls
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.config = model.config
+
+    @classmethod
+    def mend(cls, config: Any) -> Any:
+        """The configuration of a checkpoint, where releases of transformers misread it."""
+        return config
+
+    @classmethod
+    def mend_processor(cls, processor: Any) -> Any:
+        """The processor of a checkpoint, where transformers' cannot do all that its model can."""
+        return processor
+
+    # -- where things are; the defaults serve most families
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The decoder stack, with its `layers`."""
+        decoder: Any = self.model.get_decoder()
+        # In older releases of transformers some families name the outer model.
+        found: nn.Module = decoder if hasattr(decoder, "layers") else decoder.model
+        return found
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The module that turns `input_ids` and media into embeddings."""
+        inner: nn.Module = getattr(self.model, "model", self.model)
+        # In older releases of transformers some families encode above the language model alone.
+        encodes = all(hasattr(inner, name.partition(".")[0]) for name in self.encoders())
+        return inner if encodes else self.model
+
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes of the language model."""
+        text = self.config.get_text_config(decoder=True)
+        head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return ModelShape(
+            layers=text.num_hidden_layers,
+            heads=text.num_attention_heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+            width=text.hidden_size,
+            head_width=head_width,
+        )
+
+    def token_ids(self) -> dict[Modality, int]:
+        """The placeholder token of each modality."""
+        return {name: getattr(self.config, f"{name}_token_id") for name in self.modalities}
+
+    def placeholders(
+        self, input_ids: Tensor, types: Tensor | None = None
+    ) -> dict[Modality, Tensor]:
+        """Where the placeholders of each modality stand: `[B, S]` bool, as `input_ids`.
+
+        Args:
+            input_ids: `[B, S]`.
+            types: `[B, S]`, the prompt's `mm_token_type_ids`, if it has them.
+        """
+        return {name: input_ids == token for name, token in self.token_ids().items()}
+
+    def encoders(self) -> dict[str, Modality]:
+        """Methods that encode media, by name, with what they encode.
+
+        A name is that of a method of `base_model`, or a dotted path to a method of a module inside
+        it ("audio_tower.forward") where a family has no method for it.
+        """
+        return {f"get_{name}_features": name for name in self.modalities}
+
+    def modality(
+        self, modality: Modality, arguments: dict[str, Any], prompt: dict[str, Any]
+    ) -> Modality:
+        """What an encoder call encodes; differs from `encoders` where a method serves two.
+
+        Args:
+            modality: According to `encoders`.
+            arguments: Of the call.
+            prompt: As in `items`; that of the last forward, where media are encoded before it.
+        """
+        return modality
+
+    def embed(self, prompt: dict[str, Any]) -> Tensor:
+        """Embeddings `[B, S, D]` for a language model that is called with `input_ids` itself.
+
+        Args:
+            prompt: Its keyword arguments; those that are used up are taken out.
+        """
+        embed: Any = self.language_model.get_input_embeddings()  # type: ignore[operator]
+        embedded: Tensor = embed(prompt.pop("input_ids"))
+        return embedded
+
+    # -- what tokens stand for
+
+    @abstractmethod
+    def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
+        """The images, clips or sounds that an encoder call encoded, in order.
+
+        Args:
+            call: The encoder call.
+            prompt: Keyword arguments of the base model's forward (`second_per_grid_ts` and such).
+        """
+
+    def frame_times(self, seconds: Tensor) -> Tensor:
+        """When the frames of a layout are, by the times of the pictures they are made of.
+
+        Args:
+            seconds: `[F]` float64, those of the pictures that the processor was given.
+
+        Returns:
+            `[T]`; fewer than `F` where the model joins pictures to one frame.
+        """
+        return seconds
+
+    def tower(self, modality: Modality) -> Tower | None:
+        """The tower whose attention methods may read; None if there is none to read."""
+        return None
+
+    def view_lengths(self, call: MediaCall) -> list[int] | None:
+        """Patches of each view, where a tower puts all views into one sequence without a word.
+
+        None where views are batched, or their boundaries are told to the attention.
+        """
+        return None
+
+    def padding(self, call: MediaCall) -> Tensor | None:
+        """Patches that fill up pictures inside views, which attention leaves out.
+
+        Returns:
+            `[W, Nv]` bool for a tower that batches its views; None if there are none.
+        """
+        return None
+
+    def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
+        """Bring maps of the encoder's views to the media tokens, as the model packs features.
+
+        Args:
+            call: The encoder call, its `items` filled in.
+            maps: One `[Nv]` map a view.
+
+        Returns:
+            For each of `call.items` a map `[N]` of its real tokens.
+        """
+        raise UnsupportedModelError(
+            f"{self.config.model_type} does not align encoder maps; use a method without them"
+        )
+
+    def grey(self, call: MediaCall) -> list[Tensor] | None:
+        """The pixels below each encoder token, `[Nv, pixels]` 0..255 a view; None if unknown."""
+        return None
+
+    # -- for the engine
+
+    def layouts(
+        self,
+        input_ids: Tensor,
+        calls: list[MediaCall],
+        prompt: dict[str, Any],
+        offset: int = 0,
+        frame_seconds: Sequence[Tensor] | None = None,
+    ) -> list[tuple[TokenLayout, list[tuple[int, int]]]]:
+        """Lay out the media tokens of every row of a batch.
+
+        With beams or several return sequences a sample fills adjacent rows but was encoded once.
+
+        Args:
+            input_ids: `[B, S]` with placeholders.
+            calls: The encoder calls since the last prompt.
+            prompt: As in `items`.
+            offset: Index of the first token of `input_ids` in the logical sequence.
+            frame_seconds: For each clip `[F]` float64, when its pictures are shown; for each image
+                in a family that knows no video. They count where the model is not told.
+
+        Returns:
+            For each row its layout, on the CPU, and its items as (call, item of the call) pairs:
+            `layout.item` counts them.
+
+        Raises:
+            UnsupportedModelError: Placeholders and encoded items do not fit together.
+            MediaError: `frame_seconds` does not fit the clips.
+        """
+        ids = input_ids.cpu()
+        queues: dict[Modality, list[_Queued]] = {name: [] for name in self.modalities}
+        for call in calls:
+            call.items = self.items(call, prompt)
+        if frame_seconds is not None:
+            self._date(ids, calls, frame_seconds)
+        for number, call in enumerate(calls):
+            for place, item in enumerate(call.items):
+                queues[call.modality].append(_Queued(call.modality, number, place, item))
+        rows: list[list[_Placed]] = [[] for _ in ids]
+        types = prompt.get("mm_token_type_ids")
+        types = types.cpu() if types is not None and types.shape == ids.shape else None
+        for modality, held in self.placeholders(ids, types).items():
+            # With beams, pictures were encoded once a sample, but sound may be encoded once a row.
+            repeats = self._repeats(held, modality, queues[modality])
+            for b, row in enumerate(held):
+                if b % repeats == 0:
+                    taken = self._take(row.nonzero()[:, 0], queues[modality])
+                rows[b] += taken
+        return [self._layout(placed, offset) for placed in rows]
+
+    def _date(self, ids: Tensor, calls: list[MediaCall], clips: Sequence[Tensor]) -> None:
+        """Give items the times of their frames where the model is not told."""
+        kind = "video" if "video" in self.modalities else "image"
+        shown = [call for call in calls if call.modality == kind]
+        count = sum(len(call.items) for call in shown)
+        # Older releases of transformers encode clips once a beam, in adjacent rows.
+        repeats = count // len(clips) if clips else 0
+        beams = ids[::repeats].repeat_interleave(repeats, dim=0) if repeats > 1 else ids
+        if count != repeats * len(clips) or not torch.equal(beams, ids):
+            raise MediaError(
+                f"frame_seconds has the times of {len(clips)} {kind}s, but the prompt has {count}; "
+                f"give one list for each {kind}, in the order of the prompt"
+            )
+        given = (clip for clip in clips for _ in range(repeats))
+        for call in shown:
+            call.items = [
+                self._dated(item, seconds) for item, seconds in zip(call.items, given, strict=False)
+            ]
+
+    def _dated(self, item: Item, seconds: Tensor) -> Item:
+        times, frame = self.frame_times(seconds), item.frame.clamp_min(0)
+        if len(times) != int(frame.max()) + 1:
+            raise MediaError(
+                f"frame_seconds has {len(seconds)} times for a clip that the model sees as "
+                f"{int(frame.max()) + 1} frames; give one time for each picture that the processor "
+                "was given"
+            )
+        return replace(item, seconds=torch.where(item.seconds.isnan(), times[frame], item.seconds))
+
+    def _repeats(self, held: Tensor, modality: Modality, queue: list[_Queued]) -> int:
+        """How many adjacent rows share one sample.
+
+        Args:
+            held: `[B, S]` bool, where the placeholders are.
+        """
+        placeholders = int(held.sum())
+        encoded = sum(len(queued.item.real) for queued in queue)
+        if placeholders in (0, encoded):  # what is left of an earlier prompt is no part of this one
+            return 1
+        repeats = placeholders // max(1, encoded)
+        if repeats and placeholders == encoded * repeats and len(held) % repeats == 0:
+            return repeats
+        raise UnsupportedModelError(
+            f"the prompt holds {placeholders} {modality} placeholders, but {encoded} {modality} "
+            "tokens were encoded; let the model's processor expand the placeholders, give media as "
+            "pixels or sound, not as features, and all in one prefill (prefill_chunk_size=None)"
+        )
+
+    def _take(self, where: Tensor, queue: list[_Queued]) -> list[_Placed]:
+        """Take the items of one row, whose placeholders lie at `where`, off the queue."""
+        placed = []
+        while len(where):
+            length = len(queue[0].item.real) if queue else 0
+            if not 0 < length <= len(where):
+                raise UnsupportedModelError(
+                    "the placeholders of a row of the batch do not hold whole images, clips or "
+                    "sounds; give media in the order of the rows"
+                )
+            placed.append(_Placed(queue.pop(0), where[:length]))
+            where = where[length:]
+        return placed
+
+    def _layout(
+        self, placed: list[_Placed], offset: int
+    ) -> tuple[TokenLayout, list[tuple[int, int]]]:
+        placed = sorted(placed, key=lambda one: int(one.where[0]))
+        columns: list[list[Tensor]] = [[] for _ in range(8)]
+        canvases = 0
+        for number, (queued, where) in enumerate(placed):
+            item = queued.item
+            position = where[item.real] + offset
+            parts = (
+                position,
+                torch.full_like(position, MODALITIES[queued.modality]),
+                torch.full_like(position, number),
+                item.canvas + canvases,
+                item.frame,
+                item.row,
+                item.column,
+                item.seconds,
+            )
+            for column, part in zip(columns, parts, strict=True):
+                column.append(part)
+            canvases += int(item.canvas.max()) + 1 if len(item.canvas) else 0
+        if not placed:
+            none = torch.zeros(0, dtype=torch.int64)
+            return TokenLayout(*[none] * 7 + [none.to(torch.float64)]), []
+        layout = TokenLayout(*(torch.cat(column) for column in columns))
+        # Audio inside a video interleaves two items.
+        layout = layout[layout.position.argsort()]
+        return layout, [(queued.call, queued.place) for queued, _ in placed]
+
+
+class _Queued(NamedTuple):
+    modality: Modality
+    call: int
+    place: int
+    item: Item
+
+
+class _Placed(NamedTuple):
+    queued: _Queued
+    where: Tensor
+
+
+def list_models() -> dict[str, type[Adapter]]:
+    """All adapters by `config.model_type`."""
+    import tokenprune.adapters as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return dict(sorted(Adapter._registry.items()))
+
+
+def adapter_for(model: PreTrainedModel) -> Adapter:
+    """The adapter of a model.
+
+    Raises:
+        UnsupportedModelError: No adapter serves its type, or none could.
+    """
+    config = getattr(model, "config", None)
+    if isinstance(config, PreTrainedConfig):
+        check_architecture(config)
+    model_type = getattr(config, "model_type", None)
+    known = list_models()
+    if model_type not in known:
+        raise UnsupportedModelError(
+            f"no adapter for model_type {model_type!r}; known: {', '.join(known)}. "
+            'Add adapters/<family>.py (see README, "Add a model")'
+        )
+    return known[model_type](model)

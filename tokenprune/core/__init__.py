@@ -1,0 +1,1 @@
+"""What methods are written in: no model, no file, and of heavy packages torch alone."""

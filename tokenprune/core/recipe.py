@@ -1,0 +1,174 @@
+"""Recipes: ordered lists of methods, with a text form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
+
+from tokenprune.core.stage import EncoderStage, Method, ModelShape, Stage, find_method
+from tokenprune.errors import RecipeError
+
+__all__ = ["Recipe"]
+
+Value = bool | int | float | str | None | tuple["Value", ...]
+
+_PLUS = re.compile(r"\+(?![^()]*\))")  # not the sign of an exponent, inside parentheses
+_STEP = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*")
+_SETTING = re.compile(r"([A-Za-z_]\w*)\s*=\s*([^\s=,]+)(?:\s+|$)")
+
+
+@dataclass(frozen=True, init=False)
+class Recipe:
+    """What to prune, and where: methods in the order in which they are applied.
+
+    The text form joins methods by `+` and has no commas, because evaluation tools split their
+    arguments there: `vflowopt(keep=0.1) + plphp(keep=0.4)`. `none` is the empty recipe, which
+    prunes nothing; a bare name takes the method's defaults; `a/b/c` is a list.
+    """
+
+    methods: tuple[Method, ...]
+
+    def __init__(self, *methods: Method | Recipe | str) -> None:
+        object.__setattr__(self, "methods", tuple(_flatten(methods)))
+
+    @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """Read the text form.
+
+        Raises:
+            RecipeError: The text is malformed, or names an unknown method or setting.
+        """
+        if text.strip().lower() in ("none", ""):
+            return cls()
+        return cls(*(_parse_step(step, text) for step in _PLUS.split(text)))
+
+    def __str__(self) -> str:
+        return " + ".join(map(_write_step, self.methods)) or "none"
+
+    def stages(self, shape: ModelShape) -> tuple[Stage, ...]:
+        """The stages that run on a model of this shape, in the recipe's order."""
+        for method in self.methods:
+            method.check(shape)
+        stages = tuple(stage for method in self.methods for stage in method.stages(shape))
+        maps = [stage.name for stage in stages if isinstance(stage, EncoderStage)]
+        if len(set(maps)) < len(maps):
+            raise RecipeError(
+                f"recipe {str(self)!r} makes the encoder map {max(maps, key=maps.count)} twice; "
+                "use each method that reads the encoder once"
+            )
+        return stages
+
+    @property
+    def text_dependent(self) -> bool:
+        """Whether any decision depends on the question."""
+        return any(method.text_dependent for method in self.methods)
+
+
+def _flatten(parts: tuple[Method | Recipe | str, ...]) -> Iterator[Method]:
+    for part in parts:
+        if isinstance(part, str):
+            yield from Recipe.parse(part).methods
+        elif isinstance(part, Recipe):
+            yield from part.methods
+        elif isinstance(part, Method):
+            yield part
+        else:
+            raise RecipeError(
+                f"a recipe is made of methods, recipes and texts, got {part!r}; "
+                "write for example VFlowOpt(keep=0.1)"
+            )
+
+
+def _parse_step(step: str, text: str) -> Method:
+    match = _STEP.fullmatch(step)
+    if match is None:
+        raise RecipeError(
+            f"cannot read {step.strip()!r} in recipe {text!r}; "
+            "write name(setting=value setting=value) + name(...), without commas"
+        )
+    name, inside = match[1], (match[2] or "").strip()
+    method = find_method(name)
+    return _build(method, dict(_settings(inside, text)))
+
+
+def _settings(inside: str, text: str) -> Iterator[tuple[str, Value]]:
+    at = 0
+    while match := _SETTING.match(inside, at):
+        yield match[1], _read(match[2])
+        at = match.end()
+    if at != len(inside):
+        raise RecipeError(
+            f"cannot read {inside[at:]!r} in recipe {text!r}; "
+            "settings are written name=value, separated by spaces"
+        )
+
+
+def _build(method: type[Method], settings: dict[str, Value]) -> Method:
+    known = [field.name for field in fields(method)]  # type: ignore[arg-type]  # all are dataclasses
+    for name in settings:
+        if name not in known:
+            raise RecipeError(f"{method.name} has no setting {name!r}; known: {', '.join(known)}")
+    try:
+        return method(**settings)
+    except TypeError:
+        hints = get_type_hints(method)
+        for field in fields(method):  # type: ignore[arg-type]
+            if field.name in settings and not _fits(settings[field.name], hints[field.name]):
+                value = _write(settings[field.name])
+                raise RecipeError(
+                    f"{method.name} takes {field.name} as {field.type}, got {value!r}"
+                ) from None
+        raise
+
+
+def _fits(value: object, hint: object) -> bool:
+    """Whether a value read from a text is what a setting is declared to be."""
+    parts = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(part, parts[0]) for part in value)
+    if get_origin(hint) is Literal:
+        return value in parts
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint
+
+
+def _read(word: str) -> Value:
+    if "/" in word:
+        return tuple(_read(part) for part in word.split("/") if part)
+    constants: dict[str, bool | None] = {"true": True, "false": False, "none": None}
+    if word.lower() in constants:
+        return constants[word.lower()]
+    for number in (int, float):
+        try:
+            return number(word)
+        except ValueError:
+            continue
+    return word
+
+
+def _write(value: Value) -> str:
+    if isinstance(value, tuple):
+        # A list of one still needs its mark.
+        return "/".join(map(_write, value)) + ("/" if len(value) == 1 else "")
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+def _differs(value: Value, default: object) -> bool:
+    # 1 equals 1.0, but as a budget one is a count and the other a share.
+    return default is MISSING or value != default or type(value) is not type(default)
+
+
+def _write_step(method: Method) -> str:
+    changed = {
+        field.name: getattr(method, field.name)
+        for field in fields(method)  # type: ignore[arg-type]
+        if field.name == "keep" or _differs(getattr(method, field.name), field.default)
+    }
+    inside = " ".join(f"{name}={_write(value)}" for name, value in changed.items())
+    return f"{method.name}({inside})" if inside else method.name

@@ -1,0 +1,1 @@
+"""What makes a model follow a recipe: the only folder that hooks into one."""

@@ -1,0 +1,96 @@
+"""Beams and several return sequences: whether `generate` gives each row its own media.
+
+It repeats a prompt and all that belongs to it. What it encodes ahead of that is repeated sample by
+sample, or ought to be; all else one by one, so that where a sample holds several pictures, tiles,
+sounds or windows its first beam would be given the first of them several times. Releases of
+transformers differ in what they encode ahead, and some mix up even that.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Final
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import GenerationMixin
+
+from tokenprune.adapters.base import Adapter
+from tokenprune.errors import UnsupportedModelError
+
+__all__ = ["refuse_torn"]
+
+_OF_ALL: Final = GenerationMixin._expand_inputs_for_generation
+
+
+def refuse_torn(adapter: Adapter, expand: Callable[..., Any]) -> Callable[..., Any]:
+    """`expand`, the method by which `generate` repeats its inputs, with a check of what it does.
+
+    The check raises `UnsupportedModelError` if it would tear the media of a sample apart.
+    """
+    of_family = type(adapter.model)._expand_inputs_for_generation is not _OF_ALL
+
+    @functools.wraps(expand)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        ids, times = kwargs.get("input_ids"), kwargs.get("expand_size", 1)
+        if times == 1 or ids is None:
+            return expand(*args, **kwargs)
+        if not of_family:  # some families know how to repeat pixels
+            for name, parts in _pixels_or_sound(kwargs):
+                if parts > len(ids):
+                    raise _torn(name, parts, len(ids))
+        before = {name: list(one) for name, one in _encoded(kwargs)}
+        held = adapter.placeholders(ids, kwargs.get("mm_token_type_ids"))
+        repeated = expand(*args, **kwargs)
+        for name, after in _encoded(repeated[1]):
+            if len(before[name]) > len(ids) and name in held:
+                counts = held[name].sum(dim=1).tolist()
+                right = _sample_by_sample(before[name], counts, times)
+                if not all(map(torch.equal, after, right)):
+                    raise _torn(f"{name} features", len(before[name]), len(ids))
+        return repeated
+
+    return checked
+
+
+def _pixels_or_sound(arguments: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Which arguments of `generate` hold media that are not encoded, and how many parts."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1:
+            if name != "position_ids":
+                yield name, len(value)
+
+
+def _encoded(arguments: dict[str, Any]) -> Iterator[tuple[Any, Sequence[Tensor]]]:
+    """What is encoded ahead, by modality: features `[tokens, D]` of each part."""
+    for name, output in (arguments.get("mm_encoder_outputs") or {}).items():
+        if getattr(output, "pooler_output", None) is not None:
+            yield name, output.pooler_output
+
+
+def _sample_by_sample(parts: list[Tensor], counts: list[int], times: int) -> Iterator[Tensor]:
+    """Parts in the order in which rows need them.
+
+    Args:
+        parts: Of all samples.
+        counts: Placeholders of each sample.
+        times: Rows of a sample.
+    """
+    left = iter(parts)
+    for count in counts:
+        mine: list[Tensor] = []
+        while sum(map(len, mine)) < count and (more := list(islice(left, 1))):
+            mine += more
+        yield from mine * times
+
+
+def _torn(name: str, parts: int, rows: int) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "beams and several return sequences need one picture or sound a row, in one piece: "
+        f"transformers {transformers.__version__} would deal the {parts} parts of {name} to the "
+        f"wrong ones of {rows} rows; use num_beams=1 and num_return_sequences=1, one medium a row, "
+        "or, for pictures, a newer release"
+    )

@@ -1,0 +1,1 @@
+"""Frames from packets: intervals, demuxing, decoding in workers, rows in order."""

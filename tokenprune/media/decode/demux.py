@@ -1,0 +1,162 @@
+"""Reading the packets of a run from the file, by reading on or by a seek that is checked."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import av
+import numpy as np
+
+from tokenprune.errors import DecodeError
+from tokenprune.media.index.container import open_media, packets_of, video_stream
+from tokenprune.media.index.index import JOINABLE, NO_TIME, PacketIndex
+from tokenprune.media.index.intra_refresh import is_gradual
+
+SEEK_GAP_BYTES = 1 << 20  # below this, reading on is quicker than a seek
+LANDING_PACKETS = 4096  # how far to read after a seek for a packet that the index knows
+
+
+class IndexMismatch(DecodeError):
+    """A packet of the file is not the one that its index names."""
+
+
+class PacketReader:
+    """An open file that hands out packets by their number in the index; each worker has its own.
+
+    Each packet is compared with the index, so that a bad seek, or a file that changed, cannot go
+    unnoticed.
+
+    Args:
+        index: the packet index.
+        at_each: called for each packet that is read, also for those passed over; it may raise.
+
+    Attributes:
+        bytes_read: bytes of video packets read so far, those passed over included.
+    """
+
+    def __init__(self, index: PacketIndex, at_each: Callable[[], None] = lambda: None) -> None:
+        self._index, self._at_each = index, at_each
+        self.bytes_read = 0
+        self._may_seek = index.seekable
+        self._offset = np.concatenate([[0], np.cumsum(index.size)])
+        self._by_pts = np.argsort(index.pts, kind="stable")
+        self._stack = ExitStack()
+        self._pushed_back: Any = None
+        self._open()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stack.close()
+
+    def packets(self, first: int, last: int) -> Iterator[tuple[int, Any]]:
+        """The packets `first` to `last` with their numbers, read as they are asked for.
+
+        Raises:
+            IndexMismatch: the file is not what its index says.
+        """
+        self._go_to(first)
+        resume = first
+        while self._at <= last:
+            packet = self._next()
+            if packet is None or not self._is_expected(packet):
+                if not self._sought:
+                    name = self._index.info.path
+                    raise IndexMismatch(f"{name!r} changed since it was opened; open it again")
+                self._may_seek = False  # this file's seeks cannot be trusted: once more from 0
+                resume = max(resume, self._at)
+                self._reopen()
+                continue
+            number = self._at
+            self._at += 1  # before the caller may leave
+            if number >= resume:
+                yield number, packet
+
+    def _go_to(self, first: int) -> None:
+        """Stand at or before packet `first`."""
+        gap = self._offset[first] - self._offset[min(self._at, len(self._offset) - 1)]
+        if 0 <= gap <= SEEK_GAP_BYTES and self._at <= first:
+            return
+        if self._may_seek and self._seek(first):
+            return
+        if self._at > first:
+            self._reopen()
+
+    def _seek(self, first: int) -> bool:
+        """Land at or before `first`, stepping back from keyframe to keyframe if need be."""
+        starts = self._index.starts
+        at = int(np.searchsorted(starts, first, "right")) - 1
+        for back in (0, 1, 2, 4):
+            if self._land(int(starts[max(0, at - back)]), first):
+                return True
+        self._may_seek = False
+        self._reopen()
+        return False
+
+    def _land(self, target: int, first: int) -> bool:
+        """Seek to a keyframe; True if what comes then is known and not after `first`."""
+        # Transport streams are searched by decode time. Elsewhere the keyframe before that time
+        # would be found, since keyframes are listed by presentation time.
+        times = self._index.dts if self._index.info.container in JOINABLE else self._index.pts
+        try:
+            self._container.seek(int(times[target]), stream=self._stream)
+        except av.error.FFmpegError:
+            return False
+        self._packets = packets_of(self._container, self._stream)
+        self._pushed_back = None
+        self._sought = True
+        for _ in range(LANDING_PACKETS):
+            packet = self._next()
+            if packet is None:
+                return False
+            found = self._find(packet)
+            if found is not None:
+                self._at, self._pushed_back = found, packet
+                return found <= first
+        return False
+
+    def _find(self, packet: Any) -> int | None:
+        """The number of a packet, by its presentation time and size."""
+        if packet.pts is None:
+            return None
+        row = int(np.searchsorted(self._index.pts, packet.pts, sorter=self._by_pts))
+        for number in self._by_pts[row : row + 2]:
+            if self._matches(int(number), packet):
+                return int(number)
+        return None
+
+    def _is_expected(self, packet: Any) -> bool:
+        if not self._index.timed:  # read from the start only, in the order of the scan
+            return bool(packet.size == self._index.size[self._at])
+        if not self._index.scanned and packet.is_keyframe:
+            gradual = is_gradual(self._stream, memoryview(packet))
+            if self._index.keyframe[self._at] and gradual:
+                return False
+        return self._matches(self._at, packet)
+
+    def _matches(self, number: int, packet: Any) -> bool:
+        pts = NO_TIME if packet.pts is None else packet.pts
+        return bool(self._index.pts[number] == pts and self._index.size[number] == packet.size)
+
+    def _next(self) -> Any:
+        if self._pushed_back is not None:
+            packet, self._pushed_back = self._pushed_back, None
+            return packet
+        try:
+            packet = next(self._packets, None)
+        except av.error.FFmpegError:  # where the scan ended, too
+            return None
+        self.bytes_read += packet.size if packet is not None else 0
+        self._at_each()
+        return packet
+
+    def _reopen(self) -> None:
+        self._stack.close()
+        self._open()
+
+    def _open(self) -> None:
+        self._container = self._stack.enter_context(open_media(self._index.info.path))
+        self._stream = video_stream(self._container)
+        self._packets = packets_of(self._container, self._stream)
+        self._pushed_back = None
+        self._sought = False
+        self._at = 0

@@ -1,0 +1,202 @@
+"""Decoding in worker processes, which write rows into memory that they share with this one.
+
+A process is for callers that run much Python beside the decoder: a thread would have to wait for
+the interpreter's lock several times a packet.
+"""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NoReturn
+
+from tokenprune.errors import DecodeError, MediaError
+from tokenprune.media.decode.plan import Unit
+from tokenprune.media.decode.rows import Picture, Ring, Rows
+from tokenprune.media.decode.worker import UnitDecoder
+from tokenprune.media.index.index import PacketIndex
+
+# The packages' own __init__ files import torch, which costs a process seconds and hundreds of MiB
+# and is of no use to it: their places are taken by empty packages. The caller's main module is not
+# imported either, so scripts need no guard.
+BOOT = """
+import json, sys, types
+descriptor, folder, sys.path[:] = json.loads(sys.argv[1])
+for name in ("tokenprune", "tokenprune.media"):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [folder + name[len("tokenprune"):].replace(".", "/")]
+from tokenprune.media.decode.process import serve
+serve(descriptor)
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What a worker process is told first: all that stays the same."""
+
+    index: PacketIndex
+    size: tuple[int, int]
+    slots: int
+    workers: int
+    number: int
+    threads: int
+    descriptor: int
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A worker asks how far it may write; if it waits, until a row may be written."""
+
+    row: int
+    waits: bool
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A worker has written a row."""
+
+    row: int
+    is_substitute: bool
+
+
+class Done:
+    """A worker has decoded its unit."""
+
+
+class ProcessWorker:
+    """This process's side of a worker process; a thread of this process drives it.
+
+    Args:
+        index: the packet index.
+        size: height and width of the rows.
+        threads: threads inside the codec.
+        rows: the rows, whose memory is `ring`.
+        ring: shared memory.
+        number: of this worker, whose counters it uses.
+    """
+
+    def __init__(
+        self,
+        index: PacketIndex,
+        size: tuple[int, int],
+        threads: int,
+        rows: Rows,
+        ring: Ring,
+        number: int,
+    ) -> None:
+        self._rows = rows
+        ours, theirs = socket.socketpair()
+        folder = str(Path(__file__).parents[2])
+        with theirs:
+            arguments = json.dumps([theirs.fileno(), folder, [p for p in sys.path if p]])
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", BOOT, arguments],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), ring.descriptor),
+                start_new_session=True,  # an interrupt of the caller is the caller's to handle
+            )
+        self._connection = Connection(ours.detach())
+        slots, workers = len(ring.rows), len(ring.counters)
+        self._send(Job(index, size, slots, workers, number, threads, ring.descriptor))
+
+    def decode(self, unit: Unit) -> None:
+        """See `UnitDecoder`."""
+        self._send(unit)
+        while not isinstance(message := self._receive(), Done):
+            if isinstance(message, Exception):
+                raise message
+            if isinstance(message, Stored):
+                self._rows.stored(message.row, message.is_substitute)
+            else:
+                if message.waits:
+                    self._rows.await_room(message.row)
+                self._rows.check()
+                self._send(self._rows.limit)
+
+    def kill(self) -> None:
+        """End the process at once; who waits for it learns that it is gone."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """End the process and wait for its end."""
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _send(self, message: object) -> None:
+        try:
+            self._connection.send(message)
+        except OSError:
+            self._mourn()
+
+    def _receive(self) -> Ask | Stored | Done | Exception:
+        try:
+            message: Ask | Stored | Done | Exception = self._connection.recv()
+            return message
+        except (OSError, EOFError):
+            self._mourn()
+
+    def _mourn(self) -> NoReturn:
+        self._rows.check()  # it was ended on purpose
+        code = self._process.wait()
+        why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        raise RuntimeError(f"a decoding process died ({why}); is there enough memory for it?")
+
+
+class _RemoteRows:
+    """The rows, as a worker process sees them."""
+
+    def __init__(self, connection: Connection, ring: Ring) -> None:
+        self._connection, self._ring = connection, ring
+        self._limit = 0
+
+    def offer(self, row: int, *, waits: bool) -> Picture | None:
+        """See `RowSink`."""
+        if row >= self._limit:
+            self._connection.send(Ask(row, waits))
+            self._limit = self._connection.recv()
+        return self._ring[row] if row < self._limit else None
+
+    def stored(self, row: int, is_substitute: bool) -> None:
+        """See `RowSink`."""
+        self._connection.send(Stored(row, is_substitute))
+
+    def check(self) -> None:
+        """See `RowSink`; a process is not asked to stop, but killed."""
+
+
+def serve(descriptor: int) -> None:
+    """Be a worker process: decode units until the caller is gone.
+
+    Args:
+        descriptor: of the socket to the caller.
+    """
+    connection = Connection(descriptor)
+    try:
+        job: Job = connection.recv()
+        decoder = None
+        while True:
+            unit: Unit = connection.recv()
+            try:
+                decoder = decoder or _decoder(job, connection)
+                decoder.decode(unit)
+            except (BrokenPipeError, ConnectionResetError, EOFError):
+                raise
+            except MediaError as error:
+                connection.send(error)
+            except Exception as error:  # of any kind, perhaps one that cannot be sent
+                connection.send(DecodeError(f"{type(error).__name__}: {error}"))
+            else:
+                connection.send(Done())
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+def _decoder(job: Job, connection: Connection) -> UnitDecoder:
+    ring = Ring(job.slots, job.size, job.workers, job.descriptor)
+    rows = _RemoteRows(connection, ring)
+    return UnitDecoder(job.index, job.size, job.threads, rows, ring.counters[job.number])

@@ -1,0 +1,230 @@
+"""The table of an MP4 file, which tells what a scan of its packets would.
+
+FFmpeg shows of it the decode times, sizes and places of all packets, after edit lists; only the
+shifts to presentation times have to be read from the file. What is found is compared with the
+first packets, and later with every packet that is decoded.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenprune.media.index.intra_refresh import HEAD_BYTES, is_gradual
+
+Ints = NDArray[np.int64]
+LARGEST_MOOV_BYTES = 1 << 28
+LARGEST_COUNT = 1 << 24  # samples: three days of 60 frames a second
+_ENTRY = attrgetter("timestamp", "pos", "size", "flags")
+LOOKS = 16  # keyframes to look at; the others are when they are decoded
+
+
+@dataclass(frozen=True, eq=False)
+class SampleTable:
+    """The packets of a track, in decode order; only the times lack a shift common to all.
+
+    Attributes:
+        dts: `[P]` decode time in ticks.
+        shift: `[P]` from decode to presentation time, in ticks, up to a constant.
+        duration: `[P]` in ticks.
+        size: `[P]` bytes.
+        keyframe: `[P]` bool.
+        discard: `[P]` bool, True for packets that are decoded but not shown.
+    """
+
+    dts: Ints
+    shift: Ints
+    duration: Ints
+    size: Ints
+    keyframe: NDArray[np.bool_]
+    discard: NDArray[np.bool_]
+
+
+def sample_table(path: str, stream: Any) -> SampleTable | None:
+    """The table of an open file's video stream; None where it does not tell everything.
+
+    That is so for other containers, fragmented files, files with more than one edit, files that
+    are cut off, and tables with anything unusual in them.
+    """
+    entries = stream.index_entries
+    if "mp4" not in stream.container.format.name or not len(entries):
+        return None
+    if stream.codec_context.name == "vp8":  # marks hidden pictures in their data only
+        return None
+    try:
+        moov = _moov(path)
+        track = None if moov is None else _track(moov, stream.id)
+        offsets = None if track is None else _Samples(track)
+    except (struct.error, ValueError, IndexError, KeyError, OSError):
+        return None  # the scan will say what is wrong, if anything is
+    if offsets is None:
+        return None
+    values = chain.from_iterable(map(_ENTRY, entries))
+    dts, position, size, flags = np.fromiter(values, np.int64).reshape(-1, 4).T
+    if int((position + size).max()) > Path(path).stat().st_size:
+        return None
+    order = np.argsort(offsets.position, kind="stable")
+    found = np.searchsorted(offsets.position, position, sorter=order)
+    sample = order[np.minimum(found, len(order) - 1)]
+    if (offsets.position[sample] != position).any() or (offsets.size[sample] != size).any():
+        return None
+    full = size > 0
+    if np.bincount(sample[full]).max(initial=0) > 1:
+        return None
+    sample = sample[full]
+    if _has_gradual(path, stream, position[full & (flags & 1 > 0)]):
+        return None
+    return SampleTable(
+        dts=dts[full],
+        shift=offsets.shift[sample],
+        duration=offsets.duration[sample],
+        size=size[full],
+        keyframe=(flags[full] & 1).astype(bool),
+        discard=(flags[full] & 2).astype(bool),
+    )
+
+
+def _has_gradual(path: str, stream: Any, keyframes: Ints) -> bool:
+    """Whether some of the keyframes at these positions are none; looks at a few, evenly spread."""
+    few = keyframes[np.linspace(0, len(keyframes) - 1, min(LOOKS, len(keyframes))).astype(int)]
+    with open(path, "rb") as file:
+        for position in few.tolist():
+            file.seek(position)
+            if is_gradual(stream, file.read(HEAD_BYTES)):
+                return True
+    return False
+
+
+class _Samples:
+    """The samples `[S]` of a track, from the boxes of its table."""
+
+    def __init__(self, track: bytes) -> None:
+        boxes = _descend(track, b"mdia", b"minf", b"stbl")
+        edits = _first(track, b"edts")
+        if edits is not None and _edit_count(_first(edits, b"elst") or b"") > 1:
+            raise ValueError("several edits")
+        self.size = _sizes(_need(boxes, b"stsz"))
+        self.duration = _runs(_need(boxes, b"stts"), len(self.size))
+        shifts = _first(boxes, b"ctts")
+        zeros = np.zeros(len(self.size), np.int64)
+        self.shift = zeros if shifts is None else _runs(shifts, len(self.size))
+        self.position = self._positions(boxes)
+
+    def _positions(self, boxes: bytes) -> Ints:
+        wide = _first(boxes, b"co64")
+        chunks = _words(wide, 8, ">u8") if wide else _words(_need(boxes, b"stco"), 8, ">u4")
+        runs = _words(_need(boxes, b"stsc"), 8, ">u4").reshape(-1, 3)
+        if (runs[:, 2] != 1).any():
+            raise ValueError("several kinds of samples")
+        lengths = np.diff(runs[:, 0], append=len(chunks) + 1)
+        counts = np.repeat(runs[:, 1], lengths)
+        if int(counts.sum()) != len(self.size):
+            raise ValueError("chunks and samples differ in number")
+        before = np.cumsum(self.size) - self.size
+        starts = np.cumsum(counts) - counts
+        filled = counts > 0
+        in_chunk = before - np.repeat(before[starts[filled]], counts[filled])
+        places: NDArray[np.int64] = np.repeat(chunks, counts) + in_chunk
+        return places
+
+
+def _moov(path: str) -> bytes | None:
+    """The content of the box that describes the film; None if parts are described elsewhere."""
+    found = None
+    with open(path, "rb") as file:
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            payload = length - 8
+            if length == 1:
+                payload = struct.unpack(">Q", file.read(8))[0] - 16
+            if kind in (b"moof", b"sidx"):
+                return None
+            if length == 0:  # to the end of the file
+                return found
+            if kind == b"moov":
+                if found is not None or payload > LARGEST_MOOV_BYTES:
+                    return None
+                found = file.read(payload)
+            elif payload < 0:
+                return None
+            else:
+                file.seek(payload, 1)
+    return found
+
+
+def _boxes(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    at = 0
+    while at + 8 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, at)
+        if length < 8 or at + length > len(content):
+            return
+        yield kind, content[at + 8 : at + length]
+        at += length
+
+
+def _first(content: bytes, name: bytes) -> bytes | None:
+    return next((box for kind, box in _boxes(content) if kind == name), None)
+
+
+def _need(content: bytes, name: bytes) -> bytes:
+    box = _first(content, name)
+    if box is None:
+        raise KeyError(name)
+    return box
+
+
+def _descend(content: bytes, *names: bytes) -> bytes:
+    for name in names:
+        content = _need(content, name)
+    return content
+
+
+def _track(moov: bytes, number: int) -> bytes | None:
+    """The content of a track's box, by the track's number."""
+    if _first(moov, b"mvex") is not None:
+        return None
+    for kind, box in _boxes(moov):
+        if kind == b"trak":
+            head = _need(box, b"tkhd")
+            if struct.unpack_from(">I", head, 20 if head[0] else 12)[0] == number:
+                return box
+    return None
+
+
+def _words(box: bytes, start: int, kind: str) -> Ints:
+    """The counted numbers of a box, from byte `start`; the count lies right before."""
+    return np.frombuffer(box, kind, offset=start).astype(np.int64)
+
+
+def _edit_count(box: bytes) -> int:
+    """Edits that show something: others only delay the start."""
+    step = 20 if box and box[0] else 12
+    count = struct.unpack_from(">I", box, 4)[0]
+    if len(box) < 8 + step * count:
+        raise ValueError("an edit list shorter than it says")
+    times = [box[8 + step * n :][: step - 4] for n in range(count)]
+    if any(box[8 + step * n + step - 4 :][:4] != b"\0\1\0\0" for n in range(len(times))):
+        raise ValueError("an edit changes the speed")
+    half = (step - 4) // 2
+    return sum(time[half:] != b"\xff" * half for time in times)
+
+
+def _sizes(box: bytes) -> Ints:
+    same, count = struct.unpack_from(">II", box, 4)
+    if count > LARGEST_COUNT:
+        raise ValueError("more samples than a table could tell of")
+    return np.full(count, same, np.int64) if same else _words(box, 12, ">u4")[:count]
+
+
+def _runs(box: bytes, samples: int) -> Ints:
+    """`[S]` values stored as pairs of a count and a value."""
+    pairs = _words(box, 8, ">i4").reshape(-1, 2)
+    if (pairs[:, 0] < 0).any() or int(pairs[:, 0].sum()) != samples:  # before memory is taken
+        raise ValueError("times and samples differ in number")
+    return np.repeat(pairs[:, 1], pairs[:, 0])

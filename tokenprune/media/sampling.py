@@ -1,0 +1,164 @@
+"""Which frames to take: by count, rate, number or time."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from tokenprune.errors import MediaError
+from tokenprune.media.index.index import Ints, PacketIndex, VideoInfo
+
+SizeRule = Callable[[int, int, int], tuple[int, int]]
+"""From height and width of the source and the number of frames to height and width."""
+
+DEFAULT_FRAMES = 64
+LARGEST_SIDE = 16384
+HIGHEST_RATE = 1000.0  # frames a second
+
+
+def choose_ranks(
+    index: PacketIndex,
+    *,
+    frames: int | None,
+    fps: float | None,
+    indices: Sequence[int] | None,
+    seconds: Sequence[float] | None,
+    start: float | None,
+    end: float | None,
+) -> Ints:
+    """Presentation ranks `[F]` of the frames asked for, in the order asked.
+
+    See `read_video` for the meaning of the arguments.
+
+    Raises:
+        MediaError: they contradict each other, or lie outside the video.
+    """
+    given = {"frames": frames, "fps": fps, "indices": indices, "seconds": seconds}
+    chosen = [name for name, value in given.items() if value is not None]
+    if len(chosen) > 1:
+        raise MediaError(
+            f"give one of frames, fps, indices and seconds, got {' and '.join(chosen)}"
+        )
+    if (indices is not None or seconds is not None) and (start is not None or end is not None):
+        raise MediaError(f"start and end go with frames or fps, not with {chosen[0]}; omit them")
+    if indices is not None:
+        return _by_index(index, indices)
+    if seconds is not None:
+        return _by_time(index, seconds)
+    check_amount(frames, fps)
+    begin, stop = _range(index.info, start, end)
+    if fps is not None:
+        return _by_rate(index, fps, begin, stop)
+    return _by_count(index, DEFAULT_FRAMES if frames is None else frames, begin, stop)
+
+
+def check_amount(frames: int | None, fps: float | None) -> None:
+    """Check how many frames are asked for, by number or by rate.
+
+    Raises:
+        MediaError: a number that no video could give.
+    """
+    if frames is not None and (not _is_whole(frames) or frames < 1):
+        raise MediaError(f"frames must be a whole number of at least 1, got {frames!r}")
+    if fps is not None and not (isinstance(fps, int | float) and math.isfinite(fps) and fps > 0):
+        raise MediaError(f"fps must be a number above 0, got {fps!r}")
+
+
+def resolve_size(
+    size: tuple[int, int] | SizeRule | None, info: VideoInfo, frames: int
+) -> tuple[int, int]:
+    """Height and width to deliver: the source's, those given, or what the rule says.
+
+    Raises:
+        MediaError: not two whole numbers from 1 to 16384.
+    """
+    if size is None:
+        return info.height, info.width
+    pair = size(info.height, info.width, frames) if callable(size) else size
+    good = isinstance(pair, Sequence) and len(pair) == 2 and all(map(_is_whole, pair))
+    if not good or not all(1 <= side <= LARGEST_SIDE for side in pair):
+        raise MediaError(
+            f"size must be (height, width), whole numbers from 1 to {LARGEST_SIDE}, got {pair!r}"
+        )
+    return int(pair[0]), int(pair[1])
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width from text such as `224x384`.
+
+    Raises:
+        MediaError: it is not of that form.
+    """
+    height, cross, width = text.partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal()):
+        raise MediaError(f"size must be height x width, such as 224x384, got {text!r}")
+    return int(height), int(width)
+
+
+def _by_count(index: PacketIndex, frames: int, begin: float, stop: float) -> Ints:
+    shown = _on_screen(index, np.array([begin]))[0]
+    first = int(np.searchsorted(index.seconds, index.seconds[shown]))  # others may begin with it
+    last = _before(index, stop)
+    last = max(first, last)
+    count = min(int(frames), int(last - first) + 1)
+    return np.floor(np.linspace(first, last, count) + 0.5).astype(np.int64)
+
+
+def _by_rate(index: PacketIndex, fps: float, begin: float, stop: float) -> Ints:
+    if fps > HIGHEST_RATE:  # more often than frames change: all of them
+        first = int(_on_screen(index, np.array([begin]))[0])
+        return np.arange(first, max(first, _before(index, stop)) + 1)
+    count = max(1, math.ceil((stop - begin) * fps - 1e-6))
+    return np.unique(_on_screen(index, begin + np.arange(count) / fps))
+
+
+def _by_index(index: PacketIndex, indices: Sequence[int]) -> Ints:
+    total = index.info.frame_count
+    if len(indices) == 0:
+        raise MediaError("indices must name at least one frame, got none")
+    for value in indices:
+        if not _is_whole(value) or not 0 <= value < total:
+            raise MediaError(
+                f"indices must be whole numbers from 0 to {total - 1} in {index.info.path!r}"
+                f" ({total} frames), got {value!r}"
+            )
+    return np.array([int(value) for value in indices], np.int64)
+
+
+def _by_time(index: PacketIndex, seconds: Sequence[float]) -> Ints:
+    duration = index.info.duration_seconds
+    if len(seconds) == 0:
+        raise MediaError("seconds must name at least one time, got none")
+    for value in seconds:
+        if not 0 <= value <= duration:  # also refuses nan
+            raise MediaError(
+                f"seconds must lie from 0 to {duration:.3f} in {index.info.path!r}, got {value!r}"
+            )
+    return _on_screen(index, np.array(seconds, np.float64))
+
+
+def _range(info: VideoInfo, start: float | None, end: float | None) -> tuple[float, float]:
+    begin = 0.0 if start is None else float(start)
+    stop = info.duration_seconds if end is None else float(end)
+    if not 0 <= begin < min(stop, info.duration_seconds):
+        raise MediaError(
+            f"start and end must satisfy 0 <= start < end and start < {info.duration_seconds:.3f}"
+            f" (the length of {info.path!r} in seconds), got start={start!r} end={end!r}"
+        )
+    return begin, min(stop, info.duration_seconds)
+
+
+def _on_screen(index: PacketIndex, seconds: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Ints:
+    """The frame shown at each time: the last one that began by then."""
+    slack = 1e-6  # a time computed in floating point still means the frame that begins there
+    ranks = np.searchsorted(index.seconds, seconds + slack, "right") - 1
+    return np.maximum(ranks, 0).astype(np.int64)
+
+
+def _before(index: PacketIndex, stop: float) -> int:
+    """The last frame that begins before a time."""
+    return int(np.searchsorted(index.seconds, stop - 1e-6, "left")) - 1
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

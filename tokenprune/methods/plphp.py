@@ -1,0 +1,171 @@
+"""PLPHP: layers that look at media more keep more of it, and each head keeps its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokenprune.core.layout import AUDIO, TokenLayout
+from tokenprune.core.selection import Selection
+from tokenprune.core.selectors import Budget, group_sizes, round_share, top_per_group
+from tokenprune.core.stage import Cache, CacheContext, Site, Stage
+from tokenprune.errors import RecipeError
+
+__all__ = ["PLPHP"]
+
+Kinds = tuple[float, float]
+"""A number for vision and one for audio."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PLPHP(Stage):
+    """Prune the cache after prefill: a rate for each layer, a choice for each key-value head.
+
+    Method: PLPHP (https://arxiv.org/abs/2502.14504). A layer's score is the share of the last
+    prompt token's attention that falls on media, averaged over query heads. Layers of at least
+    `alpha` keep `keep + shift` of the media tokens, layers below `beta` keep `keep - shift`, the
+    others `keep`. Each key-value head keeps the tokens that get most of its attention, so many of
+    each image or frame. Prefill and the first generated token are those of the unpruned model.
+
+    The paper's method section and code were not available to us; only that rates follow the
+    layer's attention and that heads choose on their own is confirmed. Our choices, none of them
+    the paper's numbers: all defaults, the last prompt token as the only query, the mean over the
+    query heads of a group, rounding half up, quotas for each frame of a video, and a score and a
+    rate of its own for sound. Until thresholds are calibrated, `alpha` and `beta` are 1.25 and
+    0.75 times the mean score of the layers seen so far in this prefill, this one included: the
+    first layer is balanced.
+
+    Args:
+        keep: Base share of media tokens kept.
+        shift: What attentive layers gain and indifferent ones lose; None is 0.2, or less where
+            `keep` is nearer to 0 or 1.
+        alpha: Score from which a layer is attentive; None follows the layers seen so far.
+        beta: Score below which a layer is indifferent; None follows the layers seen so far.
+        layers: Decoder layers to prune, from 0; None is all.
+        span: What gets a quota: each "image-or-frame" (or sound), or each "item" (a whole clip).
+        least: Tokens that every head keeps of each span at least, whatever the layer's rate.
+    """
+
+    keep: float = 0.4
+    shift: float | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    layers: int | tuple[int, ...] | None = None
+    span: Literal["image-or-frame", "item"] = "image-or-frame"
+    least: int = 1
+
+    needs = frozenset({"attention_rows"})
+    text_dependent = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.keep, float) or not 0 < self.keep <= 1:
+            raise RecipeError(
+                f"keep must be a share in (0, 1], got {self.keep!r}; plphp moves it up and down "
+                "by layer, so it takes no count: write 0.4, or 1.0 for all"
+            )
+        room = min(self.keep, 1 - self.keep)
+        if self.shift is not None and not 0 <= self.shift <= room + 1e-9:
+            raise RecipeError(
+                f"shift must be between 0 and {room:g}, so that keep={self.keep!r} plus and minus "
+                f"it are shares, got {self.shift!r}"
+            )
+        self._check_thresholds()
+        layers = (self.layers,) if isinstance(self.layers, int) else self.layers
+        if layers is not None and not (layers and all(isinstance(x, int) for x in layers)):
+            raise RecipeError(f"layers must be decoder layers or none for all, got {layers!r}")
+        if self.span not in ("image-or-frame", "item"):
+            raise RecipeError(f'span must be "image-or-frame" or "item", got {self.span!r}')
+        if not isinstance(self.least, int) or self.least < 1:
+            raise RecipeError(f"least must be a count of at least 1, got {self.least!r}")
+
+    def _check_thresholds(self) -> None:
+        for name, value in (("alpha", self.alpha), ("beta", self.beta)):
+            if value is not None and not 0 <= value <= 1:
+                raise RecipeError(
+                    f"{name} is a share of attention and must be in [0, 1], got {value!r}"
+                )
+        if self.alpha is not None and self.beta is not None and self.beta > self.alpha:
+            raise RecipeError(
+                f"beta must not exceed alpha, got beta={self.beta:g} and alpha={self.alpha:g}"
+            )
+
+    @property
+    def site(self) -> Site:
+        return Cache((self.layers,) if isinstance(self.layers, int) else self.layers)
+
+    def counts(self, layout: TokenLayout) -> int | None:
+        """Known if no layer deviates from `keep`: with a shift of 0, as for `keep=1.0`."""
+        return None if self._shift() > 0 else self.expects(layout)
+
+    def expects(self, layout: TokenLayout) -> int:
+        """What a balanced layer keeps."""
+        sizes = group_sizes(self._spans(layout))
+        return int(round_share(self.keep, sizes, self.least).sum())
+
+    def select(self, context: CacheContext) -> Selection:
+        rows, attention = context.rows, context.attention
+        if attention is None:
+            raise ValueError("PLPHP needs the attention of the last prompt token")
+        spans, sound, number = self._columns(context)  # [H, N]
+        kinds = self._layer_rates(_media_share(attention, sound), context)
+        # In double precision: 0.7 of 45 tokens must round as it does everywhere.
+        rate = torch.tensor(kinds, dtype=torch.float64, device=rows.device)[sound.long()]
+        sizes = group_sizes(spans, number)  # [H, G]
+        rates = torch.zeros_like(sizes, dtype=torch.float64).scatter(-1, spans, rate)
+        heads, candidates = rows.shape
+        scores = attention.reshape(heads, -1, candidates).mean(dim=1)  # [H, N]
+        budget = Budget.of(spans, round_share(rates, sizes, self.least))
+        return Selection(top_per_group(scores, budget), scores=scores)
+
+    def rate(self, score: float, mean: float) -> float:
+        """Share of media tokens that a layer keeps.
+
+        Args:
+            score: Its attention to media.
+            mean: Mean score of the layers seen so far.
+        """
+        alpha = 1.25 * mean if self.alpha is None else self.alpha
+        beta = 0.75 * mean if self.beta is None else self.beta
+        if score >= alpha:
+            return min(1.0, self.keep + self._shift())
+        return max(0.0, self.keep - self._shift()) if score < beta else self.keep
+
+    def _shift(self) -> float:
+        return min(0.2, self.keep, 1 - self.keep) if self.shift is None else self.shift
+
+    def _spans(self, layout: TokenLayout) -> Tensor:
+        return layout.spans() if self.span == "image-or-frame" else layout.groups("item")
+
+    def _columns(self, context: CacheContext) -> tuple[Tensor, Tensor, int]:
+        """Span and "is sound" of each candidate, `[H, N]`, and how many spans there are."""
+        name = f"{self.name} by {self.span}"
+        known = context.memory.get(name)
+        if known is None or known[0] is not context.layout:
+            spans = self._spans(context.layout)
+            known = context.layout, spans, context.layout.modality == AUDIO, int(spans.max()) + 1
+            context.memory[name] = known
+        _, spans, sound, number = known
+        rows = context.rows
+        return spans.to(rows.device)[rows], sound.to(rows.device)[rows], number
+
+    def _layer_rates(self, scores: Kinds, context: CacheContext) -> Kinds:
+        seen: list[Kinds] = context.memory.setdefault(self.name, [])
+        seen.append(scores)
+        vision, sound = (sum(kind) / len(seen) for kind in zip(*seen, strict=True))
+        return self.rate(scores[0], vision), self.rate(scores[1], sound)
+
+
+def _media_share(attention: Tensor, sound: Tensor) -> Kinds:
+    """Attention mass on vision and on sound, averaged over query heads.
+
+    Args:
+        attention: `[heads, N]`.
+        sound: `[H, N]` bool: which candidates are audio.
+    """
+    heads = sound.repeat_interleave(len(attention) // len(sound), dim=0)
+    masses = torch.stack([attention.where(~heads, 0.0), attention.where(heads, 0.0)])
+    vision, audio = masses.sum(dim=-1).mean(dim=-1).tolist()
+    return vision, audio

@@ -1,0 +1,1 @@
+"""What pruning did: counts, seconds, bytes, pictures."""

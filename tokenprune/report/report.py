@@ -1,0 +1,305 @@
+"""What pruning did: counts, seconds, bytes, and which tokens were kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from tokenprune.core.layout import TokenLayout
+from tokenprune.core.selection import Merge
+from tokenprune.core.stage import Cache, Site
+from tokenprune.report.timeline import Span
+from tokenprune.report.timing import Clock, Mark
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Call", "Decision", "KVBytes", "MediaTokens", "Report", "total"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One selection by one stage for one sample, in positions of the unpruned sequence.
+
+    Attributes:
+        method: Name of the stage.
+        site: Where it acted.
+        layer: First decoder layer that sees the result: 0 at the input, `l` at layer `l`; at a
+            cache site the one layer whose cache it is.
+        sample: Row of the batch.
+        candidates: `N`, tokens it could choose from (of each head, at a cache site).
+        kept: `[K]` positions of surviving candidates, or `[H, K]` at a cache site.
+        merge: Who absorbs whom, in positions; None if nothing was merged.
+    """
+
+    method: str
+    site: Site
+    layer: int
+    sample: int
+    candidates: int
+    kept: Tensor
+    merge: Merge | None = None
+
+    def __repr__(self) -> str:
+        kept = self.kept.shape[-1]
+        return f"Decision({self.method} at {self.site}: {kept} of {self.candidates})"
+
+
+@dataclass
+class Call:
+    """One prefill that brought media.
+
+    Attributes:
+        layouts: The media tokens of each sample.
+        length: Tokens of the unpruned sequence at the end of this prefill, text included.
+        decisions: All selections, in the order in which they were made.
+        media_entries: `[B, L, H]` media entries in the cache of each layer and head at the end of
+            this prefill; None without a cache.
+        kv_bytes_before: Bytes that the unpruned cache takes.
+        kv_bytes_after: Bytes that the cache takes, measured on its tensors.
+        warnings: What the user should know.
+    """
+
+    layouts: list[TokenLayout]
+    length: int
+    decisions: list[Decision] = field(default_factory=list)
+    media_entries: Tensor | None = None
+    kv_bytes_before: int = 0
+    kv_bytes_after: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def media_tokens(self) -> MediaTokens:
+        """Media tokens of this prefill, summed over the batch."""
+        before = sum(map(len, self.layouts))
+        if self.media_entries is None:
+            after = before
+        else:
+            after = round(float(self.media_entries.double().mean(dim=(1, 2)).sum()))
+        return {"before": before, "after": after, "per_site": self._per_site()}
+
+    def _per_site(self) -> dict[str, float]:
+        """Tokens left after each site, exact; at caches the mean over layers and heads."""
+        last: dict[str, dict[tuple[int, int], int]] = {}
+        for decision in self.decisions:
+            place = decision.sample, decision.layer
+            last.setdefault(str(decision.site), {})[place] = decision.kept.shape[-1]
+        cache = str(Cache())
+        # In the order in which a token meets the sites, caches last.
+        last = dict(sorted(last.items(), key=lambda site: (site[0] == cache, min(site[1])[1])))
+        return {
+            site: round(sum(kept.values()) * len(self.layouts) / len(kept), 2)
+            if site == cache
+            else sum(kept.values())
+            for site, kept in last.items()
+        }
+
+    def presence(self, sample: int = 0) -> Tensor:
+        """How present each media token still is at the end of prefill.
+
+        Returns:
+            `[N]` float32 in [0, 1]: the share of layers and heads whose cache holds the token.
+        """
+        layout = self.layouts[sample]
+        if self.media_entries is None:
+            return torch.ones(len(layout))
+        _, layers, heads = self.media_entries.shape
+        held = torch.ones(layers, heads, len(layout))
+        for decision in self.decisions:
+            if decision.sample != sample:
+                continue
+            kept = (
+                decision.kept.cpu().expand(heads, -1)
+                if decision.kept.ndim == 1
+                else decision.kept.cpu()
+            )
+            rows = torch.searchsorted(layout.position, kept.contiguous())
+            mask = torch.zeros(heads, len(layout)).scatter_(1, rows, 1.0)
+            at_cache = isinstance(decision.site, Cache)
+            held[decision.layer : decision.layer + 1 if at_cache else None] *= mask
+        return held.mean(dim=(0, 1))
+
+
+class MediaTokens(TypedDict):
+    """Counts of media tokens.
+
+    `before` is what the encoder made. `after` is what the cache holds at the end of prefill,
+    averaged over layers and heads. `per_site` is what each site let through.
+    """
+
+    before: int
+    after: int
+    per_site: dict[str, float]
+
+
+def total(counts: Sequence[MediaTokens]) -> MediaTokens:
+    """The media tokens of several prefills together."""
+    sites = dict.fromkeys(site for one in counts for site in one["per_site"])
+    return {
+        "before": sum(one["before"] for one in counts),
+        "after": sum(one["after"] for one in counts),
+        "per_site": {
+            site: round(sum(one["per_site"].get(site, 0) for one in counts), 2) for site in sites
+        },
+    }
+
+
+class KVBytes(TypedDict):
+    """Bytes of the key-value cache at the end of prefill: unpruned, and as measured."""
+
+    before: int
+    after: int
+
+
+class Report:
+    """What happened inside one `with prune(...)`; it fills as the model runs.
+
+    It holds neither caches nor inputs. Figures that are one number describe the last prefill that
+    brought media; `calls` has them all.
+
+    Attributes:
+        recipe: The recipe, as text.
+        calls: One record for each prefill that brought media.
+    """
+
+    def __init__(self, recipe: str) -> None:
+        self.recipe = recipe
+        self.calls: list[Call] = []
+        self._encoding: list[tuple[Mark, Mark]] = []
+        self._prefill: tuple[Mark, Mark] | None = None
+        self._steps: list[tuple[Mark, Mark]] = []
+        self._count = 0
+        self._fallbacks: set[str] = set()
+
+    # -- filled by the engine
+
+    def encoding(self, started: Mark, finished: Mark) -> None:
+        """An encoder ran."""
+        if self._prefill is not None:
+            self._encoding, self._prefill = [], None
+        self._encoding.append((started, finished))
+
+    def prefill(self, call: Call, started: Mark, finished: Mark) -> None:
+        """A prompt with media went through the language model."""
+        call.warnings.extend(sorted(self._fallbacks))
+        self.calls.append(call)
+        self._prefill = started, finished
+        self._steps = []
+
+    def step(self, started: Mark, finished: Mark) -> None:
+        """The language model ran without new media."""
+        # The first and the last suffice for the mean; marks of a long answer are not piled up.
+        self._steps = [*self._steps[:1], (started, finished)]
+        self._count = 1 if len(self._steps) == 1 else self._count + 1
+
+    def kernel(self, wanted: str, used: str) -> None:
+        """An attention kernel was chosen."""
+        if wanted != used:
+            self._fallbacks.add(f"{wanted} cannot express the pruned mask: {used} served instead")
+
+    # -- read by the user
+
+    @property
+    def last(self) -> Call:
+        """The last prefill that brought media.
+
+        Raises:
+            LookupError: There was none.
+        """
+        if not self.calls:
+            raise LookupError(
+                "nothing was recorded: no prompt with images, video or sound ran inside "
+                "`with prune(...)`"
+            )
+        return self.calls[-1]
+
+    @property
+    def media_tokens(self) -> MediaTokens:
+        """Media tokens before and after, and what each site let through."""
+        return self.last.media_tokens
+
+    @property
+    def kv_bytes(self) -> KVBytes:
+        """Bytes of the cache at the end of prefill."""
+        return {"before": self.last.kv_bytes_before, "after": self.last.kv_bytes_after}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds for "encode" and "prefill", and the mean "per_token" of decoding.
+
+        What ran compiled is not timed.
+        """
+        found = {"encode": sum(b.seconds_since(a) for a, b in self._encoding)}
+        if self._prefill is not None:
+            found["prefill"] = self._prefill[1].seconds_since(self._prefill[0])
+        if self._steps:
+            found["per_token"] = self._steps[-1][1].seconds_since(self._steps[0][0]) / self._count
+        return {name: value for name, value in found.items() if not math.isnan(value)}
+
+    @property
+    def turn_seconds(self) -> dict[str, float]:
+        """Seconds of an answer without new media: "prefill" of its text, and mean "per_token"."""
+        if not self._steps:
+            return {}
+        text, last = self._steps[0], self._steps[-1]
+        found = {"prefill": text[1].seconds_since(text[0])}
+        if self._count > 1:
+            found["per_token"] = last[1].seconds_since(text[1]) / (self._count - 1)
+        return found
+
+    def spans(self, clock: Clock) -> dict[str, list[Span]]:
+        """When the last prefill that brought media was under way: "encode" and "prefill".
+
+        What ran compiled is not timed.
+        """
+        marks = {
+            "encode": self._encoding,
+            "prefill": [] if self._prefill is None else [self._prefill],
+        }
+        return {
+            name: [
+                (clock.of(begin), clock.of(end))
+                for begin, end in pairs
+                if not math.isnan(end.seconds_since(begin))
+            ]
+            for name, pairs in marks.items()
+        }
+
+    def overlay(self, frames: Any, *, sample: int = 0, columns: int | None = None) -> Image:
+        """A picture of the frames in which dropped tokens are dark.
+
+        Args:
+            frames: The frames or images that the model was given, `[F, 3, H, W]` uint8, or a
+                sequence of PIL images.
+            sample: Row of the batch.
+            columns: Frames side by side; by default about as wide as high.
+        """
+        from tokenprune.report.pictures import overlay
+
+        return overlay(self.last.layouts[sample], self.last.presence(sample), frames, columns)
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return f"{self.recipe}: no prompt with media yet"
+        tokens, size, seconds = self.media_tokens, self.kv_bytes, self.seconds
+        sites = ", ".join(f"{site} {left:g}" for site, left in tokens["per_site"].items())
+        lines = [
+            f"recipe        {self.recipe}",
+            f"media tokens  {tokens['before']} -> {tokens['after']}"
+            + (f"  ({sites})" if sites else ""),
+            f"KV cache      {_mebibytes(size['before'])} -> {_mebibytes(size['after'])}",
+            "seconds       " + ", ".join(f"{name} {value:.3f}" for name, value in seconds.items()),
+        ]
+        return "\n".join(lines + [f"warning       {text}" for text in self.last.warnings])
+
+    def __repr__(self) -> str:
+        return f"Report({self.recipe}, {len(self.calls)} prefills)"
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

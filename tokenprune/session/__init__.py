@@ -1,0 +1,1 @@
+"""Watch a video once, in groups of frames, and ask many questions about it."""
