@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tokenprune.adapters._support import check_architecture
+from tokenprune.core.context import ModelShape
 from tokenprune.core.layout import MODALITIES, Modality, TokenLayout
-from tokenprune.core.stage import ModelShape
 from tokenprune.errors import MediaError, UnsupportedModelError
 
 __all__ = ["Adapter", "Item", "MediaCall", "Tower", "adapter_for", "list_models"]

@@ -14,7 +14,7 @@ import typer
 
 from tokenprune.asking import Answer, answer
 from tokenprune.core.recipe import Recipe
-from tokenprune.core.stage import Cache
+from tokenprune.core.site import Cache
 from tokenprune.errors import MediaError, TokenPruneError
 from tokenprune.models.loading import LoadedModel, Media, load_model, read_media
 

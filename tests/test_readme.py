@@ -61,12 +61,14 @@ def test_frames_and_sound_are_read(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_method_to_add_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenprune.core.stage._METHODS", {})  # it is not there for other tests
+    monkeypatch.setattr("tokenprune.core.registry._METHODS", {})  # it is not there for other tests
     lines = [
         "from dataclasses import dataclass",
         "from tokenprune.core.layout import TokenLayout",
         "from tokenprune.core.selection import Selection, count",
-        "from tokenprune.core.stage import Cache, CacheContext, Site, Stage",
+        "from tokenprune.core.context import CacheContext",
+        "from tokenprune.core.site import Cache, Site",
+        "from tokenprune.core.stage import Stage",
         "from tokenprune.core.selectors import top",
         BLOCKS[3],
     ]

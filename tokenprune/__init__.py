@@ -10,8 +10,8 @@ print(report)
 from tokenprune.adapters.base import adapter_for, list_models
 from tokenprune.core.layout import TokenLayout
 from tokenprune.core.recipe import Recipe
+from tokenprune.core.registry import list_methods
 from tokenprune.core.selection import Selection
-from tokenprune.core.stage import list_methods
 from tokenprune.engine.patch import prune
 from tokenprune.errors import (
     DecodeError,

@@ -8,7 +8,7 @@ import os
 import pytest
 from PIL import Image
 
-from tokenprune.core.stage import list_methods
+from tokenprune.core.registry import list_methods
 from tokenprune.media import probe
 from tokenprune.models import built_in_models
 

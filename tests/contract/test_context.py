@@ -19,7 +19,13 @@ from tests.tiny import FAMILIES, decoder_of
 from tokenprune import prune
 from tokenprune.adapters.base import adapter_for
 from tokenprune.core.selection import Merge, Selection
-from tokenprune.core.stage import Cache, EncoderStage, Input, Layer, Site, Stage
+from tokenprune.core.site import (
+    Cache,
+    Input,
+    Layer,
+    Site,
+)
+from tokenprune.core.stage import EncoderStage, Stage
 from tokenprune.errors import RecipeError
 
 

@@ -54,7 +54,8 @@ from tests.tiny import FAMILIES, NAMES, PAD, decoder_of
 from tokenprune import prune
 from tokenprune.adapters.base import adapter_for, list_models
 from tokenprune.core.recipe import Recipe
-from tokenprune.core.stage import Cache, Input, Layer, list_methods
+from tokenprune.core.registry import list_methods
+from tokenprune.core.site import Cache, Input, Layer
 from tokenprune.engine.cache import CACHE_NAME
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
 

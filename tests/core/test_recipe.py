@@ -8,7 +8,14 @@ import pytest
 
 from tests.methods.doubles import SHAPE
 from tokenprune.core.recipe import Recipe
-from tokenprune.core.stage import Cache, Encoder, Input, Layer, Method, find_method, list_methods
+from tokenprune.core.registry import find_method, list_methods
+from tokenprune.core.site import (
+    Cache,
+    Encoder,
+    Input,
+    Layer,
+)
+from tokenprune.core.stage import Method
 from tokenprune.errors import RecipeError
 from tokenprune.methods.baselines import Random, Uniform
 from tokenprune.methods.plphp import PLPHP

@@ -17,7 +17,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.tiny import Tiny, build, decoder_of
 from tokenprune import Recipe, Selection, TokenPruneError, prune
-from tokenprune.core.stage import Cache, Input, Layer, Site, Stage
+from tokenprune.core.site import (
+    Cache,
+    Input,
+    Layer,
+    Site,
+)
+from tokenprune.core.stage import Stage
 from tokenprune.engine.cache import CACHE_NAME
 from tokenprune.errors import RecipeError, UnsupportedModelError
 from tokenprune.methods.baselines import Random, Uniform

@@ -7,8 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.core.context import (
+    CacheContext,
+    Context,
+    EncoderView,
+    LayerContext,
+    ModelShape,
+)
 from tokenprune.core.layout import AUDIO, IMAGE, VIDEO, TokenLayout
-from tokenprune.core.stage import CacheContext, Context, EncoderView, LayerContext, ModelShape
 
 SHAPE = ModelShape(layers=28, heads=4, kv_heads=2, width=8, head_width=2)
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.methods.doubles import cache_context, grid, input_context, join, sound
 from tokenprune.core.layout import TokenLayout
-from tokenprune.core.stage import Cache, Input, Layer
+from tokenprune.core.site import Cache, Input, Layer
 from tokenprune.errors import RecipeError
 from tokenprune.methods.baselines import Random, Uniform
 

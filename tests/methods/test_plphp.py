@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.methods.doubles import SHAPE, cache_context, grid, join, sound
 from tokenprune.core.layout import AUDIO, TokenLayout
 from tokenprune.core.selection import count
-from tokenprune.core.stage import Cache
+from tokenprune.core.site import Cache
 from tokenprune.errors import RecipeError
 from tokenprune.methods.plphp import PLPHP
 

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.methods.doubles import SHAPE, DenseView, grid, input_context, join
+from tokenprune.core.context import ModelShape
 from tokenprune.core.layout import TokenLayout
 from tokenprune.core.selection import Selection, count
-from tokenprune.core.stage import Encoder, Input, Layer, ModelShape, Stage
+from tokenprune.core.site import Encoder, Input, Layer
+from tokenprune.core.stage import Stage
 from tokenprune.errors import RecipeError, UnsupportedModelError
 from tokenprune.methods._vflowopt import VFlowOptInput, VFlowOptLayer, VFlowOptMap
 from tokenprune.methods.vflowopt import VFlowOpt, last_share, mean_share, stage_lengths

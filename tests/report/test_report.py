@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.tiny import Tiny, build
 from tokenprune import Report, prune
-from tokenprune.core.stage import Cache
+from tokenprune.core.site import Cache
 from tokenprune.report.report import Call
 
 ALL_SITES = "plphp(keep=0.5) + random(keep=0.5 at=3) + vflowopt(keep=0.75)"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import tokenprune
 from tests.releases import WATCHER
 from tokenprune import Session, prune
-from tokenprune.core.stage import ModelShape
+from tokenprune.core.context import ModelShape
 from tokenprune.engine.cache import CACHE_NAME
 from tokenprune.errors import MediaError, RecipeError, TokenPruneError, UnsupportedModelError
 from tokenprune.eval.mini.sample import write_sample

@@ -339,7 +339,7 @@ def convert_checkpoint(
 def list_all(as_json: Json = False) -> None:
     """List methods and model families."""
     from tokenprune.adapters.base import list_models
-    from tokenprune.core.stage import list_methods
+    from tokenprune.core.registry import list_methods
     from tokenprune.models import built_in_models
 
     methods = {name: (cls.__doc__ or "").splitlines()[0] for name, cls in list_methods().items()}

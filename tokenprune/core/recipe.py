@@ -8,7 +8,9 @@ from dataclasses import MISSING, dataclass, fields
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
-from tokenprune.core.stage import EncoderStage, Method, ModelShape, Stage, find_method
+from tokenprune.core.context import ModelShape
+from tokenprune.core.registry import find_method
+from tokenprune.core.stage import EncoderStage, Method, Stage
 from tokenprune.errors import RecipeError
 
 __all__ = ["Recipe"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from tokenprune.core.stage import EncoderView
+from tokenprune.core.context import EncoderView
 
 __all__ = ["AttentionTap", "StreamedView", "split_views"]
 

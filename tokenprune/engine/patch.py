@@ -31,7 +31,8 @@ from tokenprune.core.indices import take
 from tokenprune.core.layout import Modality
 from tokenprune.core.recipe import Recipe
 from tokenprune.core.selection import Merge
-from tokenprune.core.stage import Cache, EncoderStage, Input, Layer, Method, Stage
+from tokenprune.core.site import Cache, Input, Layer
+from tokenprune.core.stage import EncoderStage, Method, Stage
 from tokenprune.engine.beams import refuse_torn
 from tokenprune.engine.cache import (
     CACHE_NAME,

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapters.base import Adapter, MediaCall
+from tokenprune.core.context import (
+    CacheContext,
+    Context,
+    LayerContext,
+    ModelShape,
+)
 from tokenprune.core.indices import pad_left
 from tokenprune.core.layout import MODALITIES, TokenLayout
 from tokenprune.core.selection import Merge, Selection
-from tokenprune.core.stage import CacheContext, Context, Input, LayerContext, ModelShape, Stage
+from tokenprune.core.site import Input
+from tokenprune.core.stage import Stage
 from tokenprune.engine.cache import PrunedLayer
 from tokenprune.errors import RecipeError, UnsupportedModelError
 from tokenprune.report.report import Call, Decision

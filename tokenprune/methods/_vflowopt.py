@@ -10,19 +10,12 @@ from typing import Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from tokenprune.core.context import Context, EncoderView, LayerContext
 from tokenprune.core.layout import Modality, TokenLayout
 from tokenprune.core.selection import Merge, Selection
 from tokenprune.core.selectors import allocate, top, top_per_group
-from tokenprune.core.stage import (
-    Context,
-    EncoderStage,
-    EncoderView,
-    Input,
-    Layer,
-    LayerContext,
-    Site,
-    Stage,
-)
+from tokenprune.core.site import Input, Layer, Site
+from tokenprune.core.stage import EncoderStage, Stage
 from tokenprune.errors import UnsupportedModelError
 
 __all__ = ["Group", "VFlowOptInput", "VFlowOptLayer", "VFlowOptMap"]

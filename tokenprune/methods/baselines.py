@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenprune.core.context import CacheContext, Context, LayerContext
 from tokenprune.core.layout import TokenLayout
 from tokenprune.core.selection import Selection
 from tokenprune.core.selectors import (
@@ -17,16 +18,13 @@ from tokenprune.core.selectors import (
     top_per_group,
     uniform_per_group,
 )
-from tokenprune.core.stage import (
+from tokenprune.core.site import (
     Cache,
-    CacheContext,
-    Context,
     Input,
     Layer,
-    LayerContext,
     Site,
-    Stage,
 )
+from tokenprune.core.stage import Stage
 from tokenprune.errors import RecipeError
 
 __all__ = ["Random", "Uniform"]

@@ -8,10 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokenprune.core.context import CacheContext
 from tokenprune.core.layout import AUDIO, TokenLayout
 from tokenprune.core.selection import Selection
 from tokenprune.core.selectors import Budget, group_sizes, round_share, top_per_group
-from tokenprune.core.stage import Cache, CacheContext, Site, Stage
+from tokenprune.core.site import Cache, Site
+from tokenprune.core.stage import Stage
 from tokenprune.errors import RecipeError
 
 __all__ = ["PLPHP"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
+from tokenprune.core.context import ModelShape
 from tokenprune.core.layout import Modality
-from tokenprune.core.stage import Method, ModelShape, Stage
+from tokenprune.core.stage import Method, Stage
 from tokenprune.errors import RecipeError
 from tokenprune.methods._vflowopt import Group, VFlowOptInput, VFlowOptLayer, VFlowOptMap
 

@@ -17,11 +17,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from tokenprune.adapters.base import Adapter, MediaCall
+from tokenprune.core.context import CacheContext, Context
 from tokenprune.core.layout import TokenLayout
 from tokenprune.core.selection import Selection
 from tokenprune.core.selectors import allocate, uniform_per_group
-from tokenprune.core.stage import Cache as CacheSite
-from tokenprune.core.stage import CacheContext, Context, Input, Layer, Stage
+from tokenprune.core.site import Cache as CacheSite
+from tokenprune.core.site import Input, Layer
+from tokenprune.core.stage import Stage
 from tokenprune.engine.cache import adopt, cache_bytes, full_cache_bytes, new_cache
 from tokenprune.engine.prefill import Flight, Prefill
 from tokenprune.report.report import Call

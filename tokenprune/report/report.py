@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenprune.core.layout import TokenLayout
 from tokenprune.core.selection import Merge
-from tokenprune.core.stage import Cache, Site
+from tokenprune.core.site import Cache, Site
 from tokenprune.report.timeline import Span
 from tokenprune.report.timing import Clock, Mark
 
