@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.methods.doubles import SHAPE
+from tokenprune.core import registry
+from tokenprune.core.context import Context
 from tokenprune.core.recipe import Recipe
 from tokenprune.core.registry import find_method, list_methods
+from tokenprune.core.selection import Selection
 from tokenprune.core.site import (
     Cache,
     Encoder,
     Input,
     Layer,
 )
-from tokenprune.core.stage import Method
+from tokenprune.core.stage import Method, Stage
 from tokenprune.errors import RecipeError
 from tokenprune.methods.baselines import Random, Uniform
 from tokenprune.methods.plphp import PLPHP
@@ -151,3 +157,84 @@ def test_methods_are_settings_only(method: Method) -> None:
     assert hash(method) == hash(type(method)())
     with pytest.raises(AttributeError):
         method.keep = 0.9  # type: ignore[attr-defined]
+
+
+# -- text
+
+
+@pytest.fixture
+def labelled() -> Iterator[None]:
+    """A method `labelled` with settings that are text."""
+    known = dict(list_methods())
+
+    @dataclass(frozen=True, kw_only=True)
+    class Labelled(Stage):
+        text: str = ""
+        texts: tuple[str, ...] = ()
+
+        @property
+        def site(self) -> Input:
+            return Input()
+
+        def select(self, context: Context) -> Selection:
+            raise NotImplementedError
+
+    yield
+    registry._METHODS.clear()
+    registry._METHODS.update(known)
+
+
+with_text = pytest.mark.usefixtures("labelled")
+TEXTS = ["owner/name", "C:\\clips\\a b.mp4", "1.0", "true", "none", "nan", "", "/"]
+TEXTS += ["a, b", "a+b", '"', "(", "x=y", "\\"]
+any_text = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(TEXTS)
+
+
+@with_text
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(any_text, st.lists(any_text, max_size=3).map(tuple))
+def test_text_round_trips(text: str, texts: tuple[str, ...]) -> None:
+    method = find_method("labelled")(text=text, texts=texts)  # type: ignore[call-arg]
+    written = str(Recipe(method, "random(keep=0.25)"))
+    assert Recipe.parse(written).methods[0] == method
+    assert "," not in written and written.endswith(" + random(keep=0.25)")
+
+
+@with_text
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("word", "word"),
+        ('"word"', "word"),
+        ('"1"', "1"),
+        ('"my clips/a (1).mp4"', "my clips/a (1).mp4"),
+        ('"a + b"', "a + b"),
+        (r'"say \"no\" \\ \u002c"', r'say "no" \ ,'),
+        ("openai:clip-vit.b", "openai:clip-vit.b"),
+    ],
+)
+def test_text_is_read_as_written(text: str, value: str) -> None:
+    (method,) = Recipe.parse(f"labelled(text={text} texts=a/)").methods
+    assert (method.text, method.texts) == (value, ("a",))  # type: ignore[attr-defined]
+
+
+@with_text
+def test_lists_of_quoted_text_are_split_outside_the_quotes() -> None:
+    (method,) = Recipe.parse('labelled(texts="a/b"/c/"d e")').methods
+    assert method.texts == ("a/b", "c", "d e")  # type: ignore[attr-defined]
+    assert str(Recipe(method)) == 'labelled(texts="a/b"/c/"d e")'
+
+
+@with_text
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("labelled(text=owner/name)", 'a slash makes a list .* text="owner/name"'),
+        ('labelled(text="a)', "cannot read"),
+        (r'labelled(text="a\x")', "escaped as in JSON"),
+        ('labelled(text="a"b)', "escaped as in JSON"),
+    ],
+)
+def test_text_fails(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe.parse(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
@@ -15,11 +16,17 @@ from tokenprune.errors import RecipeError
 
 __all__ = ["Recipe"]
 
-Value = bool | int | float | str | None | tuple["Value", ...]
+Scalar = bool | int | float | str | None
+Value = Scalar | tuple[Scalar, ...]
 
+_STRING = r'"(?:[^"\\]|\\.)*"'  # as in JSON; nothing inside it is split
 _PLUS = re.compile(r"\+(?![^()]*\))")  # not the sign of an exponent, inside parentheses
-_STEP = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*")
-_SETTING = re.compile(r"([A-Za-z_]\w*)\s*=\s*([^\s=,]+)(?:\s+|$)")
+_STEP = re.compile(rf'\s*([A-Za-z_]\w*)\s*(?:\(((?:[^()"]|{_STRING})*)\))?\s*')
+_SETTING = re.compile(rf'([A-Za-z_]\w*)\s*=\s*((?:[^\s=,"]|{_STRING})+)(?:\s+|$)')
+_PART = re.compile(rf'{_STRING}|[^/"]+')
+_BARE = re.compile(
+    r"[\w.:-]+"
+)  # what may stand without quotes, if it reads as no number or constant
 
 
 @dataclass(frozen=True, init=False)
@@ -28,7 +35,8 @@ class Recipe:
 
     The text form joins methods by `+` and has no commas, because evaluation tools split their
     arguments there: `vflowopt(keep=0.1) + plphp(keep=0.4)`. `none` is the empty recipe, which
-    prunes nothing; a bare name takes the method's defaults; `a/b/c` is a list.
+    prunes nothing; a bare name takes the method's defaults; `a/b/c` is a list. Text with spaces or
+    slashes is quoted as in JSON: `encoder="owner/name"`.
     """
 
     methods: tuple[Method, ...]
@@ -45,7 +53,7 @@ class Recipe:
         """
         if text.strip().lower() in ("none", ""):
             return cls()
-        return cls(*(_parse_step(step, text) for step in _PLUS.split(text)))
+        return cls(*(_parse_step(step, text) for step in _split_steps(text)))
 
     def __str__(self) -> str:
         return " + ".join(map(_write_step, self.methods)) or "none"
@@ -84,6 +92,16 @@ def _flatten(parts: tuple[Method | Recipe | str, ...]) -> Iterator[Method]:
             )
 
 
+def _split_steps(text: str) -> Iterator[str]:
+    """Split at the `+` between methods."""
+    masked = re.sub(_STRING, lambda quoted: "_" * len(quoted[0]), text)
+    start = 0
+    for plus in _PLUS.finditer(masked):
+        yield text[start : plus.start()]
+        start = plus.end()
+    yield text[start:]
+
+
 def _parse_step(step: str, text: str) -> Method:
     match = _STEP.fullmatch(step)
     if match is None:
@@ -99,7 +117,13 @@ def _parse_step(step: str, text: str) -> Method:
 def _settings(inside: str, text: str) -> Iterator[tuple[str, Value]]:
     at = 0
     while match := _SETTING.match(inside, at):
-        yield match[1], _read(match[2])
+        try:
+            yield match[1], _read(match[2])
+        except ValueError:
+            raise RecipeError(
+                f"cannot read {match[2]} in recipe {text!r}; text in double quotes is escaped as "
+                'in JSON, such as "a \\\\ b"'
+            ) from None
         at = match.end()
     if at != len(inside):
         raise RecipeError(
@@ -113,10 +137,16 @@ def _build(method: type[Method], settings: dict[str, Value]) -> Method:
     for name in settings:
         if name not in known:
             raise RecipeError(f"{method.name} has no setting {name!r}; known: {', '.join(known)}")
+    hints = get_type_hints(method)
+    for name, value in settings.items():
+        if isinstance(value, tuple) and not _fits(value, hints[name]) and _fits("", hints[name]):
+            raise RecipeError(
+                f"{method.name} takes {name} as one text, but a slash makes a list of "
+                f'{_write(value)}; put it into double quotes: {name}="{_write(value)}"'
+            )
     try:
         return method(**settings)
     except TypeError:
-        hints = get_type_hints(method)
         for field in fields(method):  # type: ignore[arg-type]
             if field.name in settings and not _fits(settings[field.name], hints[field.name]):
                 value = _write(settings[field.name])
@@ -141,8 +171,16 @@ def _fits(value: object, hint: object) -> bool:
 
 
 def _read(word: str) -> Value:
-    if "/" in word:
-        return tuple(_read(part) for part in word.split("/") if part)
+    parts: list[str] = _PART.findall(word)
+    if "/" in re.sub(_STRING, "", word):
+        return tuple(map(_read_scalar, parts))
+    return _read_scalar(word)
+
+
+def _read_scalar(word: str) -> Scalar:
+    if '"' in word:
+        text: str = json.loads(word)
+        return text
     constants: dict[str, bool | None] = {"true": True, "false": False, "none": None}
     if word.lower() in constants:
         return constants[word.lower()]
@@ -156,8 +194,12 @@ def _read(word: str) -> Value:
 
 def _write(value: Value) -> str:
     if isinstance(value, tuple):
-        # A list of one still needs its mark.
-        return "/".join(map(_write, value)) + ("/" if len(value) == 1 else "")
+        # A list of less than two still needs its mark.
+        return "/".join(map(_write, value)) + ("/" if len(value) < 2 else "")
+    if isinstance(value, str):
+        bare = _BARE.fullmatch(value) and _read_scalar(value) == value
+        # No commas: evaluation tools split at them.
+        return value if bare else json.dumps(value).replace(",", "\\u002c")
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
