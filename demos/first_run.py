@@ -12,11 +12,12 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.asking import Answer, answer
+from tokenprune.asking import answer
 from tokenprune.core.recipe import Recipe
 from tokenprune.core.site import Cache
 from tokenprune.errors import MediaError, TokenPruneError
 from tokenprune.models.loading import LoadedModel, Media, load_model, read_media
+from tokenprune.report.answer import Answer
 
 __all__ = ["first_run", "pick_questions", "sample_video"]
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 from transformers import TextIteratorStreamer
 
-from tokenprune.asking import Answer, answer, default_recipe, numbers
+from tokenprune.asking import answer, default_recipe
 from tokenprune.core.recipe import Recipe
 from tokenprune.demos.first_run import sample_video
 from tokenprune.errors import MediaError, MissingExtraError, TokenPruneError
 from tokenprune.models.loading import LoadedModel, Media, load_model, read_media
+from tokenprune.report.answer import Answer, numbers
 
 if TYPE_CHECKING:
     import gradio

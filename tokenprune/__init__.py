@@ -7,6 +7,7 @@ print(report)
 ```
 """
 
+from tokenprune._version import __version__ as __version__
 from tokenprune.adapters.base import adapter_for, list_models
 from tokenprune.core.layout import TokenLayout
 from tokenprune.core.recipe import Recipe
@@ -43,5 +44,3 @@ __all__ = [
     "list_models",
     "prune",
 ]
-
-__version__ = "0.1.0"

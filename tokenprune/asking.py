@@ -3,79 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenprune.core.recipe import Recipe
+from tokenprune.engine.cache import cache_bytes, full_cache_bytes
 from tokenprune.engine.patch import prune
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
 from tokenprune.media import Timings
-from tokenprune.models.loading import LoadedModel, Media, check_question, read_media
-from tokenprune.report.report import KVBytes, MediaTokens, Report
+from tokenprune.models.loading import (
+    LoadedModel,
+    Media,
+    check_question,
+    check_watchable,
+    read_media,
+)
+from tokenprune.report.answer import Answer
+from tokenprune.report.report import KVBytes
 from tokenprune.report.timeline import Timeline
 from tokenprune.report.timing import Clock
+from tokenprune.session.session import Session
+from tokenprune.session.watcher import Watcher
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-__all__ = ["Answer", "answer", "ask", "default_recipe", "numbers"]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer and what it cost.
-
-    Attributes:
-        answer: The model's words.
-        media_tokens: Counts before and after pruning, and what each site let through.
-        seconds: "index", "decode", "encode", "prefill" and the mean "per_token".
-        kv_bytes: Bytes of the cache at the end of prefill, unpruned and measured.
-        frames: Frames that the model was given.
-        recipe: The recipe, as text.
-        model: Name of the model.
-        report: The full report.
-        pictures: `[F, 3, H, W]` uint8, the frames as far as the model saw them; or tiles of an
-            image, if it saw nothing else.
-        timeline: When each group of frames was decoded, processed, encoded and prefilled; all
-            frames are one group, unless they were watched in several.
-        pictures_decoded: Pictures that came out of decoders: the frames, and those they are built
-            on; 0 if it is no video.
-        bytes_read: Bytes of video packets that were read for them.
-        columns: How many `pictures` lie side by side, if they are tiles.
-    """
-
-    answer: str
-    media_tokens: MediaTokens
-    seconds: dict[str, float]
-    kv_bytes: KVBytes
-    frames: int
-    recipe: str
-    model: str
-    report: Report = field(repr=False, compare=False)
-    pictures: Tensor = field(repr=False, compare=False)
-    timeline: Timeline = field(repr=False, compare=False)
-    pictures_decoded: int
-    bytes_read: int
-    columns: int | None = None
-
-    def overlay(self) -> Image:
-        """A picture of what the model saw, in which dropped tokens are dark.
-
-        Raises:
-            MediaError: It saw nothing, or the frames are no more at hand.
-        """
-        return self.report.overlay(self.pictures, columns=self.columns)
-
-    def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints."""
-        names = ("answer", "media_tokens", "seconds", "kv_bytes", "frames", "pictures_decoded")
-        found = {name: getattr(self, name) for name in (*names, "bytes_read", "recipe", "model")}
-        return found | {"timeline": self.timeline.as_list()}
+__all__ = ["answer", "ask", "default_recipe", "watch_and_ask"]
 
 
 def default_recipe(loaded: LoadedModel, media: Media | None = None) -> Recipe:
@@ -128,8 +82,6 @@ def ask(
     check_question(question)
     chosen = None if recipe is None else Recipe(recipe)
     if group is not None:
-        from tokenprune.session.session import watch_and_ask  # which imports this module
-
         chosen = default_recipe(loaded) if chosen is None else chosen
         return watch_and_ask(
             loaded,
@@ -212,33 +164,54 @@ def answer(
     )
 
 
-def numbers(answers: Sequence[Answer]) -> list[tuple[str, list[str]]]:
-    """What answers cost, row by row: its name, and a cell for each answer."""
-    sites = list(dict.fromkeys(site for one in answers for site in one.media_tokens["per_site"]))
-    decoded = [
-        ("  decoded", [f"{one.pictures_decoded} pictures" for one in answers]),
-        ("  read", [_size(one.bytes_read) for one in answers]),
-    ]
-    return [
-        ("frames", [str(one.frames) for one in answers]),
-        *(decoded if any(one.bytes_read for one in answers) else []),
-        ("media tokens", [str(one.media_tokens["before"]) for one in answers]),
-        *(
-            (f"  after {site}", [_left(one.media_tokens["per_site"].get(site)) for one in answers])
-            for site in sites
-        ),
-        ("  in the cache", [str(one.media_tokens["after"]) for one in answers]),
-        ("KV cache", [_size(one.kv_bytes["after"]) for one in answers]),
-        *(
-            (f"{name.replace('_', ' ')} seconds", [f"{one.seconds[name]:.3f}" for one in answers])
-            for name in ("index", "decode", "encode", "prefill", "per_token")
-        ),
-    ]
+def watch_and_ask(
+    loaded: LoadedModel,
+    path: str | Path,
+    question: str,
+    recipe: Recipe,
+    max_new_tokens: int = 64,
+    streamer: Any = None,
+    *,
+    group: int = 8,
+    frames: int | None = None,
+    fps: float | None = None,
+    sound: bool = True,
+) -> Answer:
+    """Watch a file group by group and answer one question about it; see `tokenprune.asking.ask`.
+
+    Returns:
+        The answer. Its seconds are those of watching and of the question together: "decode" is the
+        time that the model waited for frames.
+
+    Raises:
+        TokenPruneError: Something about the file, the question, the recipe or the model.
+    """
+    check_question(question)
+    with Session(loaded.model, loaded.processor, recipe, group=group, name=loaded.name) as session:
+        check_watchable(path, loaded, sound=sound)
+        groups = session.watch(path, frames=frames, fps=fps)
+        size = _SizeAfterPrefill(session._watcher)
+        found = session.ask(
+            question, max_new_tokens=max_new_tokens, streamer=streamer, logits_processor=[size]
+        )
+    names = ("index", "decode", "encode", "prefill")
+    watching = {name: sum(getattr(one, f"{name}_seconds") for one in groups) for name in names}
+    return replace(
+        found,
+        kv_bytes=size.kv_bytes,
+        seconds={name: spent + watching.get(name, 0.0) for name, spent in found.seconds.items()},
+    )
 
 
-def _left(tokens: float | None) -> str:
-    return "-" if tokens is None else f"{tokens:g}"
+class _SizeAfterPrefill:
+    """Measures the cache when `generate` has read the question, where it asks for logits."""
 
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self.kv_bytes: KVBytes = {"before": 0, "after": 0}
 
-def _size(count: int) -> str:
-    return f"{count / 2**10:.0f} KiB" if count < 10 * 2**20 else f"{count / 2**20:.1f} MiB"
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        cache = self._watcher.cache
+        if cache is not None and not self.kv_bytes["after"]:
+            self.kv_bytes = {"before": full_cache_bytes(cache), "after": cache_bytes(cache)}
+        return scores

@@ -18,11 +18,12 @@ from tests.contract.test_sessions import REFUSED
 from tests.media.clips import encode, x264
 from tests.releases import NEWEST, RELEASE
 from tokenprune import Session, prune
-from tokenprune.asking import Answer, ask
+from tokenprune.asking import ask
 from tokenprune.core.layout import TokenLayout
 from tokenprune.errors import MediaError, UnsupportedModelError
 from tokenprune.models.loading import LoadedModel, load_model, read_media
 from tokenprune.plan.planning import plan
+from tokenprune.report.answer import Answer
 
 RATE = 2
 FRAMES = 5  # of 9; where two are joined the last one stands alone

@@ -13,12 +13,13 @@ from typing import Any
 import gradio_client
 import pytest
 
-from tokenprune.asking import Answer, answer
+from tokenprune.asking import answer
 from tokenprune.core.recipe import Recipe
 from tokenprune.demos import first_run, long_video_qa
 from tokenprune.errors import MediaError, MissingExtraError, TokenPruneError
 from tokenprune.eval.mini.model import build_model, save
 from tokenprune.models.loading import LoadedModel, load_model, read_media
+from tokenprune.report.answer import Answer
 
 # gradio and its client leave event loops and sockets to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import textwrap
 from collections.abc import Callable
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,9 +16,9 @@ from tqdm import tqdm
 from tokenprune.errors import MediaError, TokenPruneError
 
 if TYPE_CHECKING:
-    from tokenprune.asking import Answer
+    from tokenprune.report.answer import Answer
 
-__all__ = ["app", "main", "table"]
+__all__ = ["app", "main"]
 
 app = typer.Typer(
     add_completion=False,
@@ -72,13 +70,14 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Answer a question about a file, with pruned tokens, and say what that saved."""
-    from tokenprune.asking import answer, default_recipe
+    from tokenprune.asking import answer, default_recipe, watch_and_ask
     from tokenprune.core.recipe import Recipe
     from tokenprune.media.index.container import check_file
     from tokenprune.media.sampling import check_amount
     from tokenprune.models.loading import check_question, load_model, read_media
+    from tokenprune.report.answer import table
     from tokenprune.report.pictures import check_chart, check_picture, save_picture
-    from tokenprune.session.session import check_session, watch_and_ask
+    from tokenprune.session.session import check_session
 
     # A large model takes minutes to load: what can be known before is said before.
     check_file(file)
@@ -186,6 +185,7 @@ def _ask_saved(
     file: Path, question: str, model: str | None, max_new_tokens: int, as_json: bool
 ) -> None:
     from tokenprune.models.loading import load_model
+    from tokenprune.report.answer import table
     from tokenprune.session.file import read_header
     from tokenprune.session.session import Session
 
@@ -363,24 +363,3 @@ def demo(
     from tokenprune.demos.long_video_qa import serve
 
     serve(model, host=host, port=port)
-
-
-def table(answers: list[Answer]) -> str:
-    """Answers beside each other, as text of at most 100 columns; long cells are folded."""
-    from tokenprune.asking import numbers
-
-    rows = [
-        ("recipe", [one.recipe for one in answers]),
-        ("answer", [one.answer for one in answers]),
-        *numbers(answers),
-    ]
-    longest = max(len(cell) for _, cells in rows for cell in cells)
-    width = min(longest, (100 - 18) // len(answers) - 2)
-    lines = []
-    for name, cells in rows:
-        folded = [textwrap.wrap(cell, width) for cell in cells]
-        for parts in list(zip_longest(*folded, fillvalue="")) or [()]:
-            line = f"{name:<18}" + "  ".join(f"{part:<{width}}" for part in parts)
-            lines.append(line.rstrip())
-            name = ""
-    return "\n".join(lines)

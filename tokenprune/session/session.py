@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import tokenprune
-from tokenprune.asking import Answer
+from tokenprune._version import __version__
 from tokenprune.core.recipe import Recipe
 from tokenprune.core.stage import Method
-from tokenprune.engine.cache import CACHE_NAME, CACHE_NAMES, cache_bytes, full_cache_bytes
+from tokenprune.engine.cache import CACHE_NAME, CACHE_NAMES
 from tokenprune.engine.patch import Patch
 from tokenprune.engine.rollback import Bookmark, cache_from_state, cache_state
 from tokenprune.errors import MediaError, RecipeError, TokenPruneError, UnsupportedModelError
 from tokenprune.media.decode.pool import WorkerKind
-from tokenprune.models.loading import LoadedModel, check_question, check_watchable
+from tokenprune.models.loading import LoadedModel, check_question
+from tokenprune.report.answer import Answer
 from tokenprune.report.report import KVBytes, MediaTokens, Report, total
 from tokenprune.report.timeline import Timeline
 from tokenprune.report.timing import Clock
@@ -30,7 +30,7 @@ from tokenprune.session.script import Pace, Script, Tokens
 from tokenprune.session.turns import Turn, takes_a_turn
 from tokenprune.session.watcher import WatchedGroup, Watcher
 
-__all__ = ["Session", "check_session", "check_watches", "watch_and_ask"]
+__all__ = ["Session", "check_session", "check_watches"]
 
 _RESERVED = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", *CACHE_NAMES)
 
@@ -350,7 +350,7 @@ class Session:
         inputs = {"ids": told.ids, **told.types, **told.media}
         tensors |= {f"told.{name}": torch.as_tensor(one) for name, one in inputs.items()}
         header = {
-            "version": tokenprune.__version__,
+            "version": __version__,
             "model": self._loaded.name,
             "identity": identity(self._loaded.model),
             "recipe": str(self.recipe),
@@ -447,59 +447,6 @@ class Session:
     def _check_open(self) -> None:
         if self._closed:
             raise TokenPruneError("this session is closed; make a new one, or load a saved one")
-
-
-def watch_and_ask(
-    loaded: LoadedModel,
-    path: str | Path,
-    question: str,
-    recipe: Recipe,
-    max_new_tokens: int = 64,
-    streamer: Any = None,
-    *,
-    group: int = 8,
-    frames: int | None = None,
-    fps: float | None = None,
-    sound: bool = True,
-) -> Answer:
-    """Watch a file group by group and answer one question about it; see `tokenprune.asking.ask`.
-
-    Returns:
-        The answer. Its seconds are those of watching and of the question together: "decode" is the
-        time that the model waited for frames.
-
-    Raises:
-        TokenPruneError: Something about the file, the question, the recipe or the model.
-    """
-    check_question(question)
-    with Session(loaded.model, loaded.processor, recipe, group=group, name=loaded.name) as session:
-        check_watchable(path, loaded, sound=sound)
-        groups = session.watch(path, frames=frames, fps=fps)
-        size = _SizeAfterPrefill(session._watcher)
-        found = session.ask(
-            question, max_new_tokens=max_new_tokens, streamer=streamer, logits_processor=[size]
-        )
-    names = ("index", "decode", "encode", "prefill")
-    watching = {name: sum(getattr(one, f"{name}_seconds") for one in groups) for name in names}
-    return replace(
-        found,
-        kv_bytes=size.kv_bytes,
-        seconds={name: spent + watching.get(name, 0.0) for name, spent in found.seconds.items()},
-    )
-
-
-class _SizeAfterPrefill:
-    """Measures the cache when `generate` has read the question, where it asks for logits."""
-
-    def __init__(self, watcher: Watcher) -> None:
-        self._watcher = watcher
-        self.kv_bytes: KVBytes = {"before": 0, "after": 0}
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        cache = self._watcher.cache
-        if cache is not None and not self.kv_bytes["after"]:
-            self.kv_bytes = {"before": full_cache_bytes(cache), "after": cache_bytes(cache)}
-        return scores
 
 
 def check_session(recipe: Recipe) -> None:

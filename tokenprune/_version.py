@@ -1,0 +1,5 @@
+"""The release, as `pyproject.toml` names it."""
+
+__all__ = ["__version__"]
+
+__version__ = "0.1.0"

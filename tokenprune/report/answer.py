@@ -1,0 +1,122 @@
+"""`Answer`: what a model said about a file, and what that cost; tables of answers."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from tokenprune.report.report import KVBytes, MediaTokens, Report
+from tokenprune.report.timeline import Timeline
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Answer", "numbers", "table"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and what it cost.
+
+    Attributes:
+        answer: The model's words.
+        media_tokens: Counts before and after pruning, and what each site let through.
+        seconds: "index", "decode", "encode", "prefill" and the mean "per_token".
+        kv_bytes: Bytes of the cache at the end of prefill, unpruned and measured.
+        frames: Frames that the model was given.
+        recipe: The recipe, as text.
+        model: Name of the model.
+        report: The full report.
+        pictures: `[F, 3, H, W]` uint8, the frames as far as the model saw them; or tiles of an
+            image, if it saw nothing else.
+        timeline: When each group of frames was decoded, processed, encoded and prefilled; all
+            frames are one group, unless they were watched in several.
+        pictures_decoded: Pictures that came out of decoders: the frames, and those they are built
+            on; 0 if it is no video.
+        bytes_read: Bytes of video packets that were read for them.
+        columns: How many `pictures` lie side by side, if they are tiles.
+    """
+
+    answer: str
+    media_tokens: MediaTokens
+    seconds: dict[str, float]
+    kv_bytes: KVBytes
+    frames: int
+    recipe: str
+    model: str
+    report: Report = field(repr=False, compare=False)
+    pictures: Tensor = field(repr=False, compare=False)
+    timeline: Timeline = field(repr=False, compare=False)
+    pictures_decoded: int
+    bytes_read: int
+    columns: int | None = None
+
+    def overlay(self) -> Image:
+        """A picture of what the model saw, in which dropped tokens are dark.
+
+        Raises:
+            MediaError: It saw nothing, or the frames are no more at hand.
+        """
+        return self.report.overlay(self.pictures, columns=self.columns)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        names = ("answer", "media_tokens", "seconds", "kv_bytes", "frames", "pictures_decoded")
+        found = {name: getattr(self, name) for name in (*names, "bytes_read", "recipe", "model")}
+        return found | {"timeline": self.timeline.as_list()}
+
+
+def numbers(answers: Sequence[Answer]) -> list[tuple[str, list[str]]]:
+    """What answers cost, row by row: its name, and a cell for each answer."""
+    sites = list(dict.fromkeys(site for one in answers for site in one.media_tokens["per_site"]))
+    decoded = [
+        ("  decoded", [f"{one.pictures_decoded} pictures" for one in answers]),
+        ("  read", [_size(one.bytes_read) for one in answers]),
+    ]
+    return [
+        ("frames", [str(one.frames) for one in answers]),
+        *(decoded if any(one.bytes_read for one in answers) else []),
+        ("media tokens", [str(one.media_tokens["before"]) for one in answers]),
+        *(
+            (f"  after {site}", [_left(one.media_tokens["per_site"].get(site)) for one in answers])
+            for site in sites
+        ),
+        ("  in the cache", [str(one.media_tokens["after"]) for one in answers]),
+        ("KV cache", [_size(one.kv_bytes["after"]) for one in answers]),
+        *(
+            (f"{name.replace('_', ' ')} seconds", [f"{one.seconds[name]:.3f}" for one in answers])
+            for name in ("index", "decode", "encode", "prefill", "per_token")
+        ),
+    ]
+
+
+def table(answers: list[Answer]) -> str:
+    """Answers beside each other, as text of at most 100 columns; long cells are folded."""
+    rows = [
+        ("recipe", [one.recipe for one in answers]),
+        ("answer", [one.answer for one in answers]),
+        *numbers(answers),
+    ]
+    longest = max(len(cell) for _, cells in rows for cell in cells)
+    width = min(longest, (100 - 18) // len(answers) - 2)
+    lines = []
+    for name, cells in rows:
+        folded = [textwrap.wrap(cell, width) for cell in cells]
+        for parts in list(zip_longest(*folded, fillvalue="")) or [()]:
+            line = f"{name:<18}" + "  ".join(f"{part:<{width}}" for part in parts)
+            lines.append(line.rstrip())
+            name = ""
+    return "\n".join(lines)
+
+
+def _left(tokens: float | None) -> str:
+    return "-" if tokens is None else f"{tokens:g}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**10:.0f} KiB" if count < 10 * 2**20 else f"{count / 2**20:.1f} MiB"
