@@ -7,27 +7,39 @@ print(report)
 ```
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from tokenprune._version import __version__ as __version__
-from tokenprune.adapters.base import adapter_for, list_models
-from tokenprune.core.layout import TokenLayout
-from tokenprune.core.recipe import Recipe
-from tokenprune.core.registry import list_methods
-from tokenprune.core.selection import Selection
-from tokenprune.engine.patch import prune
-from tokenprune.errors import (
-    DecodeError,
-    MediaError,
-    MissingExtraError,
-    NoVideoStreamError,
-    RecipeError,
-    TokenPruneError,
-    UnsupportedModelError,
-)
-from tokenprune.report.report import Report
-from tokenprune.session.session import Session
+
+if TYPE_CHECKING:
+    from tokenprune.adapters.base import adapter_for, list_models
+    from tokenprune.asking import ask
+    from tokenprune.core.layout import TokenLayout
+    from tokenprune.core.recipe import Recipe
+    from tokenprune.core.registry import list_methods
+    from tokenprune.core.selection import Selection
+    from tokenprune.engine.patch import prune
+    from tokenprune.errors import (
+        DecodeError,
+        MediaError,
+        MissingExtraError,
+        NoVideoStreamError,
+        RecipeError,
+        TokenPruneError,
+        UnsupportedModelError,
+    )
+    from tokenprune.models.loading import LoadedModel, Media, load_model, read_media
+    from tokenprune.report.answer import Answer
+    from tokenprune.report.report import Report
+    from tokenprune.session.session import Session
 
 __all__ = [
+    "Answer",
     "DecodeError",
+    "LoadedModel",
+    "Media",
     "MediaError",
     "MissingExtraError",
     "NoVideoStreamError",
@@ -40,7 +52,49 @@ __all__ = [
     "TokenPruneError",
     "UnsupportedModelError",
     "adapter_for",
+    "ask",
     "list_methods",
     "list_models",
+    "load_model",
     "prune",
+    "read_media",
 ]
+
+_MODULES = {
+    "Answer": "report.answer",
+    "DecodeError": "errors",
+    "LoadedModel": "models.loading",
+    "Media": "models.loading",
+    "MediaError": "errors",
+    "MissingExtraError": "errors",
+    "NoVideoStreamError": "errors",
+    "Recipe": "core.recipe",
+    "RecipeError": "errors",
+    "Report": "report.report",
+    "Selection": "core.selection",
+    "Session": "session.session",
+    "TokenLayout": "core.layout",
+    "TokenPruneError": "errors",
+    "UnsupportedModelError": "errors",
+    "adapter_for": "adapters.base",
+    "ask": "asking",
+    "list_methods": "core.registry",
+    "list_models": "adapters.base",
+    "load_model": "models.loading",
+    "prune": "engine.patch",
+    "read_media": "models.loading",
+}
+"""Where each name comes from when it is first used: torch alone takes seconds to import."""
+
+if not TYPE_CHECKING:  # type checkers shall know the names above, and no others
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

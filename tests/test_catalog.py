@@ -1,0 +1,62 @@
+"""What is known without imports is what is there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+
+import pytest
+
+from tokenprune import list_methods, list_models
+from tokenprune.catalog import Plugin, find_plugins, method_summaries, model_types
+
+
+def test_methods_are_those_of_the_registry() -> None:
+    registered = {
+        name: (method.__doc__ or "").splitlines()[0]
+        for name, method in list_methods().items()
+        if method.__module__.startswith("tokenprune.methods.")
+    }
+
+    assert method_summaries() == registered
+    assert list(method_summaries()) == sorted(registered)
+
+
+def test_model_types_are_those_of_the_registry() -> None:
+    assert model_types() == list(list_models())
+
+
+def test_classes_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "__init__.py").write_text("raise RuntimeError('imported')")
+    (tmp_path / "own" / "methods.py").write_text(
+        "class _Base(stage.Stage, part=True):\n    '''A part.'''\n"
+        "class Deep(_Base):\n    '''\n    Go deep.\n\n    And on.\n    '''\n"
+        "class Flat(Method, part=False): ...\n"
+        "class Helper(NamedTuple):\n    '''No method.'''\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("tokenprune.catalog.METHODS", "own")
+
+    assert method_summaries() == {"deep": "Go deep.", "flat": ""}
+    assert "own" not in sys.modules
+
+
+def test_plugins_are_read_from_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = EntryPoints(
+        [
+            EntryPoint("own", "nowhere.models", "tokenprune.models"),
+            EntryPoint("mine", "nowhere.mine", "tokenprune.methods"),
+            EntryPoint("other", "nowhere:main", "console_scripts"),
+        ]
+    )
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda group: points.select(group=group)
+    )
+
+    assert find_plugins() == [
+        Plugin("method", "mine", "nowhere.mine", ""),
+        Plugin("model", "own", "nowhere.models", ""),
+    ]

@@ -1,0 +1,104 @@
+"""What there is to use, read from source text and package metadata: nothing of it is imported.
+
+`list_methods()` and `list_models()` give the classes themselves, for which torch must be imported;
+that takes seconds.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+__all__ = [
+    "ADAPTERS",
+    "GROUPS",
+    "METHODS",
+    "Plugin",
+    "find_plugins",
+    "method_summaries",
+    "model_types",
+]
+
+METHODS, ADAPTERS = "tokenprune.methods", "tokenprune.adapters"
+"""Packages whose source is read."""
+
+GROUPS = {"method": "tokenprune.methods", "model": "tokenprune.models"}
+"""Groups of entry points by which other packages add methods and model families."""
+
+_BASES = {"EncoderStage", "Method", "Stage"}
+"""Classes of `core` whose subclasses are registered, if they are not declared a part."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An entry point by which another package adds something.
+
+    Attributes:
+        kind: "method" or "model".
+        name: The entry point's name.
+        target: What it names: a module, or an object in one.
+        package: The distribution that declares it, with its version.
+    """
+
+    kind: str
+    name: str
+    target: str
+    package: str
+
+
+def method_summaries() -> dict[str, str]:
+    """The first docstring line of each method of the library, by name, sorted."""
+    classes = {node.name: node for node in _classes(METHODS)}
+    found = {
+        name.lower(): (ast.get_docstring(node) or "").partition("\n")[0]
+        for name, node in classes.items()
+        if _descends(node, classes) and not _is_part(node)
+    }
+    return dict(sorted(found.items()))
+
+
+def model_types() -> list[str]:
+    """The `model_type` of each family that the library has an adapter for, sorted."""
+    return sorted(
+        model_type
+        for node in _classes(ADAPTERS)
+        for line in node.body
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "model_types"
+        for model_type in ast.literal_eval(line.value)
+    )
+
+
+def find_plugins() -> list[Plugin]:
+    """What other packages add, sorted by kind and name."""
+    from importlib.metadata import entry_points  # takes a while, and serves this alone
+
+    found = [
+        Plugin(kind, one.name, one.value, f"{one.dist.name} {one.dist.version}" if one.dist else "")
+        for kind, group in GROUPS.items()
+        for one in entry_points(group=group)
+    ]
+    return sorted(found, key=lambda one: (one.kind, one.name, one.package))
+
+
+def _classes(package: str) -> Iterator[ast.ClassDef]:
+    """The classes at the top level of a package's modules, private ones included."""
+    spec = find_spec(package)
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        for path in sorted(Path(folder).glob("*.py")):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            yield from (node for node in tree.body if isinstance(node, ast.ClassDef))
+
+
+def _descends(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> bool:
+    """Whether a class is below one of `_BASES`, be it by way of others in `classes`."""
+    bases = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+    return bool(bases & _BASES) or any(
+        _descends(classes[one], classes) for one in bases & {*classes}
+    )
+
+
+def _is_part(node: ast.ClassDef) -> bool:
+    return any(one.arg == "part" and ast.unparse(one.value) == "True" for one in node.keywords)
