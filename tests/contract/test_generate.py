@@ -289,10 +289,21 @@ def test_media_that_would_go_to_the_wrong_beams_are_refused(name: str) -> None:
 # -- compiled, offloaded, drafted
 
 
+COMPILED = [("eager", name) for name in THREE] + [("aot_eager", "qwen2_5_vl")]
+FULLY_COMPILED = [(backend, name) for backend in ("aot_eager", "inductor") for name in THREE]
+
+
 @pytest.mark.parametrize(
-    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.full)]
+    "backend, name",
+    [
+        *COMPILED,
+        *(
+            pytest.param(*one, marks=pytest.mark.full)
+            for one in FULLY_COMPILED
+            if one not in COMPILED
+        ),
+    ],
 )
-@pytest.mark.parametrize("name", THREE)
 @torch.no_grad()
 def test_a_compiled_decoder_gives_the_same_logits(name: str, backend: str) -> None:
     """The language model is compiled inside the block, as it runs when a step is decoded."""

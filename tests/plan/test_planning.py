@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -37,33 +39,41 @@ FIXED = {
     "sound": ["uniform(keep=0.5 at=1 per=second) + random(keep=0.5 at=cache)", "none"],
 }
 
-KINDS = [
-    *((name, kind) for name in SEEING for kind in ("image", "video")),
-    *((name, "sound") for name in HEARING),
-]
+FEW = ("llava_onevision", "qwen2_5_vl", "qwen2_audio")
+"""Families that are asked under every recipe in the short suite."""
 
 
-@pytest.mark.parametrize("name, kind", KINDS)
-def test_ask_reports_what_was_planned(name, kind, checkpoint, command, files):
+def questions() -> Iterator[ParameterSet]:
+    """Family, kind of file and recipe: in the short suite each pair of the first two."""
+    kinds = [(name, kind) for name in SEEING for kind in ("image", "video")]
+    for name, kind in [*kinds, *((name, "sound") for name in HEARING)]:
+        for number, recipe in enumerate(FIXED[kind]):
+            marks = [] if number == 0 or name in FEW else [pytest.mark.full]
+            yield pytest.param(name, kind, recipe, marks=marks)
+
+
+@pytest.mark.parametrize("name, kind, recipe", list(questions()))
+def test_ask_reports_what_was_planned(name, kind, recipe, checkpoint, command, files):
     options = ["--model", checkpoint(name), "--json"]
     options += ["--frames", 5] if kind == "video" else []
-    for recipe in FIXED[kind]:
-        if kind == "video" and name in ("qwen2_5_omni", "qwen3_omni_moe"):
-            # The sound track is an item of its own: a forecast does not tell which was pruned.
-            recipe = recipe.replace(" per=item", "")
-        arguments = getattr(files, kind), *options, "--recipe", recipe
-        planned = json.loads(command("plan", *arguments, "--question", "what is it?").out)
-        asked = command("ask", arguments[0], "what is it?", *arguments[1:], "--max-new-tokens", 1)
-        found = json.loads(asked.out)
+    if kind == "video" and name in ("qwen2_5_omni", "qwen3_omni_moe"):
+        # The sound track is an item of its own: a forecast does not tell which was pruned.
+        recipe = recipe.replace(" per=item", "")
+    arguments = getattr(files, kind), *options, "--recipe", recipe
+    planned = json.loads(command("plan", *arguments, "--question", "what is it?").out)
+    if (name, kind) == ("video_llama_3", "video"):  # its processor drops still patches
+        assert not planned["exact"] and planned["adaptive"] == ["processor"]
+        return
+    asked = command("ask", arguments[0], "what is it?", *arguments[1:], "--max-new-tokens", 1)
+    assert_as_planned(planned, json.loads(asked.out))
 
-        if (name, kind) == ("video_llama_3", "video"):  # its processor drops still patches
-            assert not planned["exact"] and planned["adaptive"] == ["processor"]
-            continue
-        assert planned["exact"] and not planned["adaptive"]
-        for what in ("media_tokens", "kv_bytes", "frames", "recipe", "model"):
-            assert planned[what] == found[what], what
-        sites = [one["media_tokens"] for one in planned["stages"]]
-        assert sites == list(planned["media_tokens"]["per_site"].values())
+
+def assert_as_planned(planned, found):
+    assert planned["exact"] and not planned["adaptive"]
+    for what in ("media_tokens", "kv_bytes", "frames", "recipe", "model"):
+        assert planned[what] == found[what], what
+    sites = [one["media_tokens"] for one in planned["stages"]]
+    assert sites == list(planned["media_tokens"]["per_site"].values())
 
 
 GROUPED = [
@@ -75,25 +85,28 @@ GROUPED = [
 ]
 
 
-@pytest.mark.parametrize("name", [n for n in SEEING if n not in (*REFUSED, *NO_CHAT)])
-@pytest.mark.parametrize("group", [4, 6])
-def test_ask_in_groups_reports_what_was_planned(name, group, checkpoint, command, files):
+def questions_in_groups() -> Iterator[ParameterSet]:
+    """Family, frames of a group and recipe: in the short suite one of each family."""
+    for name in SEEING:
+        for group in (4, 6):
+            for number, recipe in enumerate(GROUPED):
+                if name not in (*REFUSED, *NO_CHAT):
+                    short = group == 4 and (number == 0 or name in FEW)
+                    marks = [] if short else [pytest.mark.full]
+                    yield pytest.param(name, group, recipe, marks=marks)
+
+
+@pytest.mark.parametrize("name, group, recipe", list(questions_in_groups()))
+def test_ask_in_groups_reports_what_was_planned(name, group, recipe, checkpoint, command, files):
     options = ["--model", checkpoint(name), "--json", "--frames", 7, "--group", group]
     options += ["--no-sound"] if name in HEARING else []
-    for recipe in GROUPED:
-        arguments = files.video, *options, "--recipe", recipe
-        plans = command("plan", *arguments, "--question", "what is it?")
-        asked = command("ask", arguments[0], "what is it?", *arguments[1:], "--max-new-tokens", 1)
-        if asked.code and RELEASE < NEWEST:  # what older releases cannot do is refused by both
-            assert plans.error == asked.error and "install a newer release" in asked.error
-            continue
-        planned, found = json.loads(plans.out), json.loads(asked.out)
-
-        assert planned["exact"] and not planned["adaptive"]
-        for what in ("media_tokens", "kv_bytes", "frames", "recipe", "model"):
-            assert planned[what] == found[what], what
-        sites = [one["media_tokens"] for one in planned["stages"]]
-        assert sites == list(planned["media_tokens"]["per_site"].values())
+    arguments = files.video, *options, "--recipe", recipe
+    plans = command("plan", *arguments, "--question", "what is it?")
+    asked = command("ask", arguments[0], "what is it?", *arguments[1:], "--max-new-tokens", 1)
+    if asked.code and RELEASE < NEWEST:  # what older releases cannot do is refused by both
+        assert plans.error == asked.error and "install a newer release" in asked.error
+        return
+    assert_as_planned(json.loads(plans.out), json.loads(asked.out))
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "llava_next_video", "qwen3_vl"])
