@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,11 +31,14 @@ from tokenprune.report.timing import Clock
 from tokenprune.session.session import Session
 from tokenprune.session.watcher import Watcher
 
-__all__ = ["answer", "ask", "default_recipe", "watch_and_ask"]
+if TYPE_CHECKING:
+    from transformers.generation import BaseStreamer
+
+__all__ = ["Source", "answer", "ask", "default_recipe", "open_source", "watch_and_ask"]
 
 
 def default_recipe(loaded: LoadedModel, media: Media | None = None) -> Recipe:
-    """A quarter of what is seen by VFlowOpt; for what is only heard, half the cache by PLPHP.
+    """The recipe where none is given: VFlowOpt for what is seen, PLPHP for sound alone.
 
     Args:
         loaded: The model.
@@ -55,7 +60,7 @@ def ask(
     group: int | None = None,
     sound: bool = True,
     max_new_tokens: int = 64,
-    streamer: Any = None,
+    streamer: BaseStreamer | None = None,
 ) -> Answer:
     """Answer a question about a file.
 
@@ -81,23 +86,54 @@ def ask(
     """
     check_question(question)
     chosen = None if recipe is None else Recipe(recipe)
+    source = open_source(loaded, path, frames=frames, fps=fps, group=group, sound=sound)
+    return source.ask(question, chosen, max_new_tokens, streamer)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that a model answers about: read once, or watched again for each question.
+
+    Attributes:
+        loaded: The model.
+        media: What was read; None if the file is watched in groups.
+    """
+
+    loaded: LoadedModel
+    media: Media | None
+    _answer: Callable[[str, Recipe, int, BaseStreamer | None], Answer] = field(repr=False)
+
+    def ask(
+        self,
+        question: str,
+        recipe: Recipe | None = None,
+        max_new_tokens: int = 64,
+        streamer: BaseStreamer | None = None,
+    ) -> Answer:
+        """Answer a question; the arguments and errors are those of `tokenprune.ask`."""
+        chosen = default_recipe(self.loaded, self.media) if recipe is None else recipe
+        return self._answer(question, chosen, max_new_tokens, streamer)
+
+
+def open_source(
+    loaded: LoadedModel,
+    path: str | Path,
+    *,
+    frames: int | None = None,
+    fps: float | None = None,
+    group: int | None = None,
+    sound: bool = True,
+) -> Source:
+    """A file to ask about; the arguments are those of `ask`. With `group` nothing is read yet.
+
+    Raises:
+        TokenPruneError: Something about the file or the model.
+    """
+    settings: dict[str, Any] = {"frames": frames, "fps": fps, "sound": sound}
     if group is not None:
-        chosen = default_recipe(loaded) if chosen is None else chosen
-        return watch_and_ask(
-            loaded,
-            path,
-            question,
-            chosen,
-            max_new_tokens,
-            streamer,
-            group=group,
-            frames=frames,
-            fps=fps,
-            sound=sound,
-        )
-    media = read_media(path, loaded, frames=frames, fps=fps, sound=sound)
-    chosen = default_recipe(loaded, media) if chosen is None else chosen
-    return answer(loaded, media, question, chosen, max_new_tokens, streamer)
+        return Source(loaded, None, partial(watch_and_ask, loaded, path, group=group, **settings))
+    media = read_media(path, loaded, **settings)
+    return Source(loaded, media, partial(answer, loaded, media))
 
 
 def answer(
@@ -106,7 +142,7 @@ def answer(
     question: str,
     recipe: Recipe,
     max_new_tokens: int = 64,
-    streamer: Any = None,
+    streamer: BaseStreamer | None = None,
 ) -> Answer:
     """Answer a question about media that were read before.
 
@@ -119,12 +155,7 @@ def answer(
     began = time.perf_counter()
     inputs = loaded.encode(media, question)
     processed = time.perf_counter()
-    held = loaded.adapter.placeholders(inputs["input_ids"], inputs.get("mm_token_type_ids"))
-    if not any(map(torch.any, held.values())):
-        raise UnsupportedModelError(
-            f"the chat template of {loaded.name} wrote a prompt without a place for the file; "
-            "use a checkpoint whose template knows such files"
-        )
+    _check_placeholders(loaded, inputs)
     length = inputs["input_ids"].shape[1]
     seen = loaded.frame_seconds(media.video)
     with torch.inference_mode(), prune(loaded.model, recipe, frame_seconds=seen) as report:
@@ -134,12 +165,8 @@ def answer(
     words = loaded.processor.batch_decode(output[:, length:], skip_special_tokens=True)[0]
     video = media.video
     timings = Timings(0.0, 0.0) if video is None else video.timings
-    seconds = {
-        "index": timings.index_seconds,
-        "decode": timings.decode_seconds,
-        "per_token": 0.0,
-        **report.seconds,
-    }
+    decoding = {"index": timings.index_seconds, "decode": timings.decode_seconds}
+    computing = {"encode": 0.0, "prefill": 0.0, "per_token": 0.0} | report.seconds
     spans = {
         "decode": [(clock.of_host(begin), clock.of_host(end)) for begin, end in timings.effort],
         "process": [(clock.of_host(began), clock.of_host(processed))],
@@ -148,9 +175,7 @@ def answer(
     return Answer(
         answer=words.strip(),
         media_tokens=report.media_tokens,
-        seconds={
-            name: seconds[name] for name in ("index", "decode", "encode", "prefill", "per_token")
-        },
+        seconds=decoding | computing,
         kv_bytes=report.kv_bytes,
         frames=len(media.frames),
         recipe=str(recipe),
@@ -164,20 +189,34 @@ def answer(
     )
 
 
+def _check_placeholders(loaded: LoadedModel, inputs: dict[str, Tensor]) -> None:
+    """Check that the chat template gave the file a place in the prompt.
+
+    Raises:
+        UnsupportedModelError: It left it out.
+    """
+    held = loaded.adapter.placeholders(inputs["input_ids"], inputs.get("mm_token_type_ids"))
+    if not any(map(torch.any, held.values())):
+        raise UnsupportedModelError(
+            f"the chat template of {loaded.name} wrote a prompt without a place for the file; "
+            "use a checkpoint whose template knows such files"
+        )
+
+
 def watch_and_ask(
     loaded: LoadedModel,
     path: str | Path,
     question: str,
     recipe: Recipe,
     max_new_tokens: int = 64,
-    streamer: Any = None,
+    streamer: BaseStreamer | None = None,
     *,
     group: int = 8,
     frames: int | None = None,
     fps: float | None = None,
     sound: bool = True,
 ) -> Answer:
-    """Watch a file group by group and answer one question about it; see `tokenprune.asking.ask`.
+    """Watch a file group by group and answer one question about it; see `ask`.
 
     Returns:
         The answer. Its seconds are those of watching and of the question together: "decode" is the
@@ -211,7 +250,8 @@ class _SizeAfterPrefill:
         self.kv_bytes: KVBytes = {"before": 0, "after": 0}
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        cache = self._watcher.cache
-        if cache is not None and not self.kv_bytes["after"]:
+        watched = self._watcher.watched
+        if watched is not None and not self.kv_bytes["after"]:
+            cache = watched.cache
             self.kv_bytes = {"before": full_cache_bytes(cache), "after": cache_bytes(cache)}
         return scores
