@@ -50,11 +50,13 @@ def check_outputs(overlay: Path | None = None, timeline: Path | None = None) -> 
         MediaError: A path that no picture can be written to.
         MissingExtraError: A timeline is wanted, but matplotlib is not installed.
     """
+    wanted = [path for path in (overlay, timeline) if path is not None]
+    if not wanted:
+        return
     from tokenprune.report.pictures import check_chart, check_picture
 
-    for path in (overlay, timeline):
-        if path is not None:
-            check_picture(path)
+    for path in wanted:
+        check_picture(path)
     if timeline is not None:
         check_chart()
 
@@ -70,7 +72,7 @@ def parse_recipe(text: str | None, *, in_groups: bool) -> Recipe | None:
         RecipeError: It is malformed, or cannot be followed group by group.
     """
     from tokenprune.core.recipe import Recipe
-    from tokenprune.session.session import check_session
+    from tokenprune.session.checks import check_session
 
     recipe = None if text is None else Recipe.parse(text)
     if in_groups and recipe is not None:

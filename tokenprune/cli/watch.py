@@ -53,5 +53,5 @@ def watch_video(
             session.save(save)
             if timeline is not None:
                 session.timeline.save(timeline)
-    show(session, as_json)
+            show(session, as_json)
     note_files(saved=save, timeline=timeline)

@@ -13,8 +13,8 @@ from tokenprune.media import SizeRule, Timings, Video, index_video
 from tokenprune.media.sampling import choose_ranks, resolve_size
 from tokenprune.models.loading import LoadedModel, Media, frame_size, read_media
 from tokenprune.plan.forecast import Prompt
-from tokenprune.session.script import Group, Pace, Script, Tokens
-from tokenprune.session.watcher import Watcher
+from tokenprune.session.positions import check_positions
+from tokenprune.session.script import FrameGroup, Pace, Script, Tokens
 
 __all__ = ["outline_media", "prompt_of", "prompts_in_groups"]
 
@@ -35,10 +35,10 @@ def prompt_of(loaded: LoadedModel, media: Media, question: str) -> tuple[Prompt,
 
 def prompts_in_groups(
     loaded: LoadedModel,
-    watcher: Watcher,
     path: str | Path,
     question: str,
     *,
+    group: int,
     frames: int | None,
     fps: float | None,
 ) -> tuple[list[Prompt], int]:
@@ -46,9 +46,9 @@ def prompts_in_groups(
 
     Args:
         loaded: The model.
-        watcher: Of the session that would watch it; it watches nothing here.
         path: A video.
         question: In words.
+        group: Frames of a group.
         frames: As `Session.watch` takes it.
         fps: As `Session.watch` takes it.
 
@@ -67,16 +67,16 @@ def prompts_in_groups(
     height, width = video.frames.shape[-2:]
     script = Script(loaded, (height, width), rule is not None, pace)
     prompts = []
-    watcher.check_positions(script)
-    for first in range(0, len(video.frames), watcher.group):
-        here = slice(first, first + watcher.group)
-        part = Group.of(
+    check_positions(loaded, script)
+    for first in range(0, len(video.frames), group):
+        here = slice(first, first + group)
+        part = FrameGroup.of(
             video.frames[here], video.even_indices[here], pace, seconds=video.pts_seconds[here]
         )
         tokens = _write(script, part, opening=first == 0)
         inputs = {"input_ids": tokens.ids, **tokens.types, **tokens.media}
         prompt = Prompt.of(loaded.adapter, inputs, loaded.frame_seconds(part))
-        prompts.append(replace(prompt, takes_back=script.closing if first else 0))
+        prompts.append(replace(prompt, takes_back=script.end_tokens if first else 0))
     asked = script.suffix(question)
     prompts.append(Prompt(loaded.adapter, {"input_ids": asked.ids, **asked.types}, []))
     return prompts, len(video.frames)
@@ -87,7 +87,7 @@ def _device(loaded: LoadedModel) -> str:
     return "meta" if loaded.watches else "cpu"
 
 
-def _write(script: Script, group: Group, *, opening: bool) -> Tokens:
+def _write(script: Script, group: FrameGroup, *, opening: bool) -> Tokens:
     try:
         return script.write(group, opening=opening)
     except NotImplementedError:  # torch, about tensors without data

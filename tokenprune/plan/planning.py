@@ -18,8 +18,7 @@ from tokenprune.plan.flops import prefill_flops
 from tokenprune.plan.forecast import Forecast, Prompt, forecast_all
 from tokenprune.plan.outline import outline_media, prompt_of, prompts_in_groups
 from tokenprune.report.report import KVBytes, MediaTokens, total
-from tokenprune.session.session import check_session, check_watches
-from tokenprune.session.watcher import Watcher
+from tokenprune.session.checks import check_group, check_session, check_watches
 
 __all__ = ["Plan", "PlannedStage", "PrefillFlops", "plan"]
 
@@ -151,9 +150,9 @@ def plan(
     chosen = default_recipe(loaded) if chosen is None else chosen
     check_watches(loaded)
     patch = Patch(loaded.model, chosen, "original")
-    watcher = Watcher(loaded, patch, group)
+    check_group(group, loaded)
     check_watchable(path, loaded, sound=sound)
-    prompts, count = prompts_in_groups(loaded, watcher, path, question, frames=frames, fps=fps)
+    prompts, count = prompts_in_groups(loaded, path, question, group=group, frames=frames, fps=fps)
     return _plan(loaded, chosen, _acting(patch), prompts, count)
 
 

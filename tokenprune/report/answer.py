@@ -16,7 +16,10 @@ from tokenprune.report.timeline import Timeline
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Answer", "numbers", "table"]
+__all__ = ["SECONDS", "Answer", "numbers", "table"]
+
+SECONDS = ("index", "decode", "encode", "prefill", "per_token")
+"""What `Answer.seconds` tells, in order."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def numbers(answers: Sequence[Answer]) -> list[tuple[str, list[str]]]:
         ("KV cache", [_size(one.kv_bytes["after"]) for one in answers]),
         *(
             (f"{name.replace('_', ' ')} seconds", [f"{one.seconds[name]:.3f}" for one in answers])
-            for name in ("index", "decode", "encode", "prefill", "per_token")
+            for name in SECONDS
         ),
     ]
 

@@ -3,8 +3,8 @@
 Processors write whole prompts only. How the tokens of groups join is learnt from the processor
 itself, with a few black frames: two groups in one prompt, against each in a prompt of its own.
 What stands before the media is the prefix, what follows them the suffix, question included. Text
-may stand between two groups (the joint), and a clip may end in tokens that only its end has (the
-closing): the next group takes them back.
+may stand between two groups (the joint), and a clip may end in tokens that only its end has (end
+tokens): the next group takes them back.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tokenprune.errors import TokenPruneError, UnsupportedModelError
 from tokenprune.media import Timings, Video, VideoInfo
 from tokenprune.models.loading import LoadedModel, Media
 
-__all__ = ["Group", "Pace", "Script", "Tokens", "temporal_patch"]
+__all__ = ["FrameGroup", "Pace", "Script", "Tokens", "temporal_patch"]
 
 _TYPES = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
 """Inputs with one entry a token, beside the tokens themselves."""
@@ -53,7 +53,7 @@ class _PartMetadata(VideoMetadata):  # type: ignore[misc]  # transformers is unt
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Group(Video):
+class FrameGroup(Video):
     """Some frames of a clip, `frames` `[F, 3, H, W]` uint8, watched at the rate of the clip."""
 
     rate: float = 0.0
@@ -66,7 +66,7 @@ class Group(Video):
         pace: Pace,
         timings: Timings | None = None,
         seconds: Tensor | None = None,
-    ) -> Group:
+    ) -> FrameGroup:
         """Frames with their indices `[F]` in the source; without `seconds` they lie by its rate."""
         height, width = frames.shape[-2:]
         count = int(indices[-1]) + 1
@@ -121,6 +121,11 @@ class Tokens:
     types: dict[str, Tensor]
     media: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def none(cls) -> Tokens:
+        """No tokens."""
+        return cls(torch.zeros(1, 0, dtype=torch.int64), {})
+
     def __len__(self) -> int:
         return self.ids.shape[1]
 
@@ -152,7 +157,10 @@ class Script:
         pace: How they lie in time.
 
     Attributes:
-        closing: Tokens at the end of a clip that only its end has.
+        size: Height and width of all frames.
+        sized: Whether that is the size to which the processor would bring them.
+        pace: How they lie in time.
+        end_tokens: Tokens at the end of a clip that only its end has.
         ending: What follows the media, with some question.
 
     Raises:
@@ -161,12 +169,12 @@ class Script:
 
     def __init__(self, loaded: LoadedModel, size: tuple[int, int], sized: bool, pace: Pace) -> None:
         self._loaded = loaded
-        self._size, self._sized, self._pace = size, sized, pace
+        self.size, self.sized, self.pace = size, sized, pace
         self._length = 2 * self.patch
         black = self._encode(self._black(0, self._length), _ANY_QUESTION)
         self._before, self._after = self._around(black["input_ids"][0].tolist())
         self._probe = self._inner(black)
-        self._joint, self.closing = self._join()
+        self._joint, self.end_tokens = self._join()
         self.ending = self._rest(black)
 
     @property
@@ -174,7 +182,7 @@ class Script:
         """Frames that the model joins to one."""
         return temporal_patch(self._loaded)
 
-    def write(self, group: Group, *, opening: bool) -> Tokens:
+    def write(self, group: FrameGroup, *, opening: bool) -> Tokens:
         """The tokens of a group and its media, without the suffix.
 
         Args:
@@ -201,7 +209,7 @@ class Script:
         """A clip of black frames, and the same with as many after them."""
         first = self.write(self._black(0, self._length), opening=True)
         second = self.write(self._black(self._length, self._length), opening=False)
-        return first, first.first(len(first) - self.closing).then(second)
+        return first, first.first(len(first) - self.end_tokens).then(second)
 
     def suffix(self, question: str) -> Tokens:
         """The tokens after the media, with a question.
@@ -227,17 +235,17 @@ class Script:
             "after": self._after,
             "probe": self._probe,
             "joint": self._joint,
-            "closing": self.closing,
+            "end_tokens": self.end_tokens,
         }
 
     # -- how it is learnt
 
-    def _encode(self, group: Group, question: str) -> dict[str, Any]:
-        return self._loaded.encode(Media(group.frames, video=group, sized=self._sized), question)
+    def _encode(self, group: FrameGroup, question: str) -> dict[str, Any]:
+        return self._loaded.encode(Media(group.frames, video=group, sized=self.sized), question)
 
-    def _black(self, first: int, frames: int) -> Group:
-        pictures = torch.zeros(1, 3, *self._size, dtype=torch.uint8).expand(frames, -1, -1, -1)
-        return Group.of(pictures, torch.arange(first, first + frames), self._pace)
+    def _black(self, first: int, frames: int) -> FrameGroup:
+        pictures = torch.zeros(1, 3, *self.size, dtype=torch.uint8).expand(frames, -1, -1, -1)
+        return FrameGroup.of(pictures, torch.arange(first, first + frames), self.pace)
 
     def _around(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """What of the text before and after the media the processor leaves as it is."""

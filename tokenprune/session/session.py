@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -15,24 +13,23 @@ from transformers import PreTrainedModel
 from tokenprune._version import __version__
 from tokenprune.core.recipe import Recipe
 from tokenprune.core.stage import Method
-from tokenprune.engine.cache import CACHE_NAME, CACHE_NAMES
 from tokenprune.engine.patch import Patch
-from tokenprune.engine.rollback import Bookmark, cache_from_state, cache_state
-from tokenprune.errors import MediaError, RecipeError, TokenPruneError, UnsupportedModelError
+from tokenprune.errors import MediaError, TokenPruneError
 from tokenprune.media.decode.pool import WorkerKind
 from tokenprune.models.loading import LoadedModel, check_question
-from tokenprune.report.answer import Answer
+from tokenprune.report.answer import SECONDS, Answer
 from tokenprune.report.report import KVBytes, MediaTokens, Report, total
 from tokenprune.report.timeline import Timeline
-from tokenprune.report.timing import Clock
+from tokenprune.session.checks import check_session, check_watches
 from tokenprune.session.file import check_identity, check_path, identity, read, write
-from tokenprune.session.script import Pace, Script, Tokens
+from tokenprune.session.question import answer_words, generate_from
+from tokenprune.session.script import Tokens
+from tokenprune.session.summary import as_dict, as_text
 from tokenprune.session.turns import Turn, takes_a_turn
-from tokenprune.session.watcher import WatchedGroup, Watcher
+from tokenprune.session.watched import Watched, WatchedGroup
+from tokenprune.session.watcher import Watcher
 
-__all__ = ["Session", "check_session", "check_watches"]
-
-_RESERVED = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", *CACHE_NAMES)
+__all__ = ["Session"]
 
 
 class Session:
@@ -94,6 +91,11 @@ class Session:
     # -- what can be asked of it at any time
 
     @property
+    def model_name(self) -> str:
+        """What the model is called in answers and files."""
+        return self._loaded.name
+
+    @property
     def report(self) -> Report:
         """Layouts and decisions of each group, as `prune` reports them; empty after `load`."""
         return self._report
@@ -136,38 +138,13 @@ class Session:
 
     def as_dict(self) -> dict[str, Any]:
         """What was watched and what it cost, group by group."""
-        groups = [asdict(group) for group in self._watcher.groups]
-        return {
-            "frames": self.frames,
-            "media_tokens": self.media_tokens,
-            "kv_bytes": self.kv_bytes,
-            "pictures_decoded": self.pictures_decoded,
-            "bytes_read": self.bytes_read,
-            "recipe": str(self.recipe),
-            "model": self._loaded.name,
-            "groups": [{k: v for k, v in group.items() if k != "spans"} for group in groups],
-            "timeline": self.timeline.as_list(),
-        }
+        return as_dict(self)
 
     def __str__(self) -> str:
-        tokens, size, groups = self.media_tokens, self.kv_bytes, self._watcher.groups
-        spent = [
-            f"{name} {sum(getattr(group, f'{name}_seconds') for group in groups):.3f}"
-            for name in ("decode", "process", "encode", "prefill")
-        ]
-        mebibytes = [f"{size[when] / 2**20:.1f} MiB" for when in ("before", "after")]
-        lines = [
-            f"recipe        {self.recipe}",
-            f"frames        {self.frames} in {len(groups)} groups",
-            f"decoded       {self.pictures_decoded} pictures, {self.bytes_read / 2**20:.1f} MiB",
-            f"media tokens  {tokens['before']} -> {tokens['after']}",
-            f"KV cache      {' -> '.join(mebibytes)}",
-            f"seconds       {', '.join(spent)}",
-        ]
-        return "\n".join(lines)
+        return as_text(self)
 
     def __repr__(self) -> str:
-        return f"Session({self._loaded.name}, {self.recipe}, {self.frames} frames)"
+        return f"Session({self.model_name}, {self.recipe}, {self.frames} frames)"
 
     # -- watching
 
@@ -184,9 +161,8 @@ class Session:
         """Watch a video file, or frames as they arrive; may be called again and again.
 
         Frames of a file are decoded while those before them are prefilled, at most three groups
-        ahead: decoding waits for a model that is slow. Frames that are given
-        wait until a group is full; a question, `save` and a file do not wait. All frames of a
-        session are one clip at one rate and size: later ones are brought to the size of the first.
+        ahead. Frames that are given wait until a group is full; a question, `save` and a file do
+        not wait. All frames of a session are one clip at one rate, resized to the first one's size.
 
         Args:
             source: A video file, or frames `[F, 3, H, W]` uint8.
@@ -206,15 +182,16 @@ class Session:
         """
         self._check_open()
         before = len(self._watcher.groups)
+        of_files = {"frames": frames, "workers": workers, "worker_kind": worker_kind}
+        given = [f"{name}={value!r}" for name, value in of_files.items() if value is not None]
         if not isinstance(source, Tensor):
             self._watcher.watch_file(source, frames, fps, workers, worker_kind)
-            return self._watcher.groups[before:]
-        of_files = {"frames": frames, "workers": workers, "worker_kind": worker_kind}
-        if given := [f"{name}={value!r}" for name, value in of_files.items() if value is not None]:
+        elif given:
             raise MediaError(
                 f"{' and '.join(given)} go with a file; leave them out and give the frames you want"
             )
-        self._watcher.watch_frames(source, fps)
+        else:
+            self._watcher.watch_frames(source, fps)
         return self._watcher.groups[before:]
 
     # -- asking
@@ -239,29 +216,23 @@ class Session:
         """
         if max_new_tokens < 1:
             raise TokenPruneError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        prompt = self._prompt(question)
+        watched, prompt = self._prompt(question)
         report = self._patch.report = Report(str(self.recipe))
         report.calls.extend(self._report.calls)
         settings = {"do_sample": False, **settings}
         settings |= {"max_new_tokens": max_new_tokens, "streamer": streamer}
         try:
-            output = self._generate(prompt, settings)
+            output = generate_from(watched, prompt, self._loaded, self._patch, settings)
         finally:
             self._patch.report = self._report
-        sequences = output if isinstance(output, Tensor) else output.sequences
-        # Of several answers the first one is the best.
-        words = self._loaded.processor.batch_decode(
-            sequences[:1, len(prompt) :], skip_special_tokens=True
-        )[0]
-        nothing = dict.fromkeys(("index", "decode", "encode", "prefill", "per_token"), 0.0)
         return Answer(
-            answer=words.strip(),
+            answer=answer_words(output, prompt, self._loaded),
             media_tokens=self.media_tokens,
-            seconds={**nothing, **report.turn_seconds},
+            seconds={**dict.fromkeys(SECONDS, 0.0), **report.turn_seconds},
             kv_bytes=self.kv_bytes,
             frames=self.frames,
             recipe=str(self.recipe),
-            model=self._loaded.name,
+            model=self.model_name,
             report=report,
             pictures=torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
             timeline=self.timeline,
@@ -284,47 +255,22 @@ class Session:
         Raises:
             TokenPruneError: As `ask`; or a setting is the session's own.
         """
-        return self._generate(self._prompt(question), settings)
+        watched, prompt = self._prompt(question)
+        return generate_from(watched, prompt, self._loaded, self._patch, settings)
 
-    def _prompt(self, question: str) -> Tokens:
+    def _watched(self, what: str) -> Watched:
+        """What was watched, with all frames prefilled that waited."""
+        self._watcher.flush()
+        watched = self._watcher.watched
+        if watched is None or not watched.groups:
+            raise TokenPruneError(f"nothing was watched yet; call watch() before you {what}")
+        return watched
+
+    def _prompt(self, question: str) -> tuple[Watched, Tokens]:
         self._check_open()
         check_question(question)
-        self._watcher.flush()
-        told, script = self._watcher.told, self._watcher.script
-        if told is None or script is None:
-            raise TokenPruneError("nothing was watched yet; call watch() before you ask")
-        return told.then(script.suffix(question))
-
-    def _generate(self, prompt: Tokens, settings: dict[str, Any]) -> Any:
-        cache, model = self._watcher.cache, self._loaded.model
-        assert cache is not None
-        if taken := sorted(set(settings) & set(_RESERVED)):
-            raise TokenPruneError(
-                f"{' and '.join(taken)} belong to the session; leave them out, or use `prune`"
-            )
-        if settings.get("use_cache") is False:
-            raise TokenPruneError(
-                "use_cache=False would forget what was watched; leave it out, or use `prune`"
-            )
-        rows = _rows(model, settings)
-        mark = Bookmark(cache, whole=rows > 1)
-        try:
-            if rows > 1:  # `generate` repeats its inputs, but not a cache that it is given
-                cache.batch_repeat_interleave(rows)
-            with torch.no_grad(), self._patch:
-                output: Any = model.generate(
-                    input_ids=prompt.ids,
-                    attention_mask=torch.ones_like(prompt.ids),
-                    position_ids=self._watcher.positions(prompt),
-                    **{CACHE_NAME: cache},
-                    **prompt.types,
-                    **settings,
-                )
-        finally:
-            mark.restore()
-        if getattr(output, CACHE_NAME, None) is not None:
-            setattr(output, CACHE_NAME, None)  # it is the session's, and back at its old length
-        return output
+        watched = self._watched("ask")
+        return watched, watched.prompt.then(watched.script.suffix(question))
 
     # -- files
 
@@ -341,31 +287,14 @@ class Session:
         """
         path = check_path(path)
         self._check_open()
-        self._watcher.flush()
-        watcher = self._watcher
-        told, cache, script, pace = watcher.told, watcher.cache, watcher.script, watcher.pace
-        if told is None or cache is None or script is None or pace is None:
-            raise TokenPruneError("nothing was watched yet; call watch() before you save")
-        tensors, state = cache_state(cache)
-        inputs = {"ids": told.ids, **told.types, **told.media}
-        tensors |= {f"told.{name}": torch.as_tensor(one) for name, one in inputs.items()}
+        tensors, state = self._watched("save").state()
         header = {
             "version": __version__,
-            "model": self._loaded.name,
+            "model": self.model_name,
             "identity": identity(self._loaded.model),
             "recipe": str(self.recipe),
-            "group": watcher.group,
-            "groups": [asdict(group) for group in watcher.groups],
-            "cache": state,
-            "types": list(told.types),
-            "pace": asdict(pace),
-            "size": watcher.size,
-            "sized": watcher.sized,
-            "source_frames": watcher.source_frames,
-            "counted": watcher.counted,
-            "pictures_decoded": watcher.pictures_decoded,
-            "bytes_read": watcher.bytes_read,
-            "script": script.as_dict(),
+            "group": self._watcher.group,
+            "watched": state,
         }
         write(path, tensors, header)
         return path
@@ -395,34 +324,11 @@ class Session:
             group=header["group"],
             name=name or header["model"],
         )
-        watcher = session._watcher
-        height, width = header["size"]
-        watcher.size, watcher.sized = (height, width), header["sized"]
-        watcher.pace = Pace(**header["pace"])
-        watcher.script = Script(session._loaded, watcher.size, watcher.sized, watcher.pace)
-        if watcher.script.as_dict() != header["script"]:
-            raise TokenPruneError(
-                f"{str(path)!r} was saved with a processor that writes prompts otherwise; load the "
-                "same processor, or watch the video again"
-            )
-        watcher.check_positions(watcher.script)
-        inputs = {
-            name.removeprefix("told."): one.to(model.device)
-            for name, one in tensors.items()
-            if name.startswith("told.")
-        }
-        types = {name: inputs.pop(name) for name in header["types"]}
-        watcher.told = Tokens(inputs.pop("ids"), types, inputs)
-        language_model: Any = session._patch.adapter.language_model
-        state = header["cache"]
-        watcher.cache = cache_from_state(language_model.config, tensors, state, model.device)
-        watcher.source_frames = header["source_frames"]
-        items, canvases, frames = header["counted"]
-        watcher.counted = items, canvases, frames
-        watcher.pictures_decoded = header["pictures_decoded"]
-        watcher.bytes_read = header["bytes_read"]
-        watcher.groups = [WatchedGroup(**group) for group in header["groups"]]
-        watcher.clock = Clock(language_model, at=_end(watcher.groups))
+        try:
+            watched = Watched.from_state(session._loaded, tensors, header["watched"])
+        except TokenPruneError as error:
+            raise TokenPruneError(f"{str(path)!r} cannot be used: {error}") from None
+        session._watcher.go_on(watched)
         return session
 
     # -- the end
@@ -436,58 +342,9 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _check_open(self) -> None:
         if self._closed:
             raise TokenPruneError("this session is closed; make a new one, or load a saved one")
-
-
-def check_session(recipe: Recipe) -> None:
-    """Check that a recipe can be followed group by group.
-
-    Raises:
-        RecipeError: It asks for the question, or for the whole video.
-    """
-    for method in recipe.methods:
-        if method.text_dependent:
-            raise RecipeError(
-                f"{method.name} decides by the question, but a session prunes before there is one; "
-                "use a method that reads the media only, such as vflowopt"
-            )
-        if method.joint:
-            raise RecipeError(
-                f"{method.name} weighs a whole video at once, but a session sees only groups; "
-                "use it with `prune`, or a method that decides within a group, such as vflowopt"
-            )
-
-
-def _end(groups: list[WatchedGroup]) -> float:
-    """When the last of what was timed ended."""
-    spans = [span for group in groups for phase in group.spans.values() for span in phase]
-    return max((end for _, end in spans), default=0.0)
-
-
-def check_watches(loaded: LoadedModel) -> None:
-    """Check that a model sees.
-
-    Raises:
-        UnsupportedModelError: It understands sound only.
-    """
-    if not set(loaded.adapter.modalities) - {"audio"}:
-        raise UnsupportedModelError(
-            f"{loaded.name} understands sound only, and a session watches; use `prune`"
-        )
-
-
-def _rows(model: Any, settings: dict[str, Any]) -> int:
-    """Rows that `generate` makes of one prompt."""
-    config = settings.get("generation_config") or model.generation_config
-    names = ("num_beams", "num_return_sequences")
-    return max(settings.get(name) or getattr(config, name, None) or 1 for name in names)

@@ -5,60 +5,28 @@ from __future__ import annotations
 import os
 import time
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
-from transformers.cache_utils import Cache
 
-from tokenprune.engine.cache import CACHE_NAME, cache_bytes, full_cache_bytes, new_cache
+from tokenprune.engine.cache import CACHE_NAME, cache_bytes, full_cache_bytes
 from tokenprune.engine.patch import Patch
 from tokenprune.engine.rollback import Bookmark
-from tokenprune.errors import MediaError, TokenPruneError, UnsupportedModelError
+from tokenprune.errors import MediaError, UnsupportedModelError
 from tokenprune.media import stream_video
 from tokenprune.media.decode.pool import WorkerKind
 from tokenprune.models.loading import LoadedModel, frame_size
-from tokenprune.report.report import KVBytes, MediaTokens
-from tokenprune.report.timeline import Phases
 from tokenprune.report.timing import Clock
-from tokenprune.session.script import Group, Pace, Script, Tokens, temporal_patch
+from tokenprune.session.checks import check_group
+from tokenprune.session.positions import check_positions, prompt_positions
+from tokenprune.session.script import FrameGroup, Pace, Script, Tokens
+from tokenprune.session.watched import Watched, WatchedGroup
 
-__all__ = ["WatchedGroup", "Watcher"]
-
-
-@dataclass(frozen=True)
-class WatchedGroup:
-    """What became of one group of frames.
-
-    Attributes:
-        first_frame: Number of its first frame among those watched, from 0.
-        frames: How many it holds.
-        media_tokens: Counts before and after pruning, and what each site let through.
-        kv_bytes: Bytes of the whole cache after it: unpruned, and as measured.
-        began_seconds: When the session began to wait for it, since the session was made.
-        index_seconds: The time to index a file, with its first group.
-        decode_seconds: The time waited for its frames; 0 for frames that were given.
-        process_seconds: The processor's time.
-        encode_seconds: The encoder's time.
-        prefill_seconds: The language model's time, pruning included.
-        spans: When what was under way, see `Timeline`. Decoding ran before the session waited.
-    """
-
-    first_frame: int
-    frames: int
-    media_tokens: MediaTokens
-    kv_bytes: KVBytes
-    began_seconds: float
-    index_seconds: float
-    decode_seconds: float
-    process_seconds: float
-    encode_seconds: float
-    prefill_seconds: float
-    spans: Phases
+__all__ = ["Watcher"]
 
 
 class Watcher:
@@ -70,46 +38,54 @@ class Watcher:
         group: Frames of a group.
 
     Attributes:
-        groups: What became of each group.
-        cache: The pruned cache; None before the first group.
-        told: The tokens that it stands for, pruned ones included; None before the first group.
-        script: How the processor writes groups; None before the first frames, as the next two.
-        pace: How frames lie in time.
-        size: Height and width of the frames.
-        sized: Whether that is the size to which the processor would bring them.
-        source_frames: Frames of the source that went by, watched or not.
-        counted: Items, canvases and frames that layouts have told so far.
-        pictures_decoded: Pictures that decoders gave, of all files.
-        bytes_read: Bytes of their packets that were read.
+        group: Frames of a group.
         clock: Shows the seconds since the session was made.
+        watched: What was watched so far; None before the first frames.
     """
 
     def __init__(self, loaded: LoadedModel, patch: Patch, group: int) -> None:
-        _check_group(group, temporal_patch(loaded))
+        check_group(group, loaded)
         self._loaded = loaded
         self._patch = patch
         self.group = group
         self.clock = Clock(patch.adapter.language_model)
-        self.forget()
+        self.watched: Watched | None = None
+        self._waiting: list[Tensor] = []
 
     def forget(self) -> None:
         """Be as one that has watched nothing."""
-        self.groups: list[WatchedGroup] = []
-        self.cache: Cache | None = None
-        self.told: Tokens | None = None
-        self.script: Script | None = None
-        self.pace: Pace | None = None
-        self.size: tuple[int, int] | None = None
-        self.sized = False
-        self.source_frames = 0
-        self.counted = (0, 0, 0)
-        self.pictures_decoded = self.bytes_read = 0
-        self._waiting: list[Tensor] = []
+        self.watched = None
+        self._waiting = []
+
+    def go_on(self, watched: Watched) -> None:
+        """Go on where another watcher was.
+
+        Raises:
+            UnsupportedModelError: The model places frames or questions otherwise.
+        """
+        check_positions(self._loaded, watched.script)
+        self.watched = watched
+        self.clock = Clock(self._patch.adapter.language_model, at=watched.end_seconds)
+
+    @property
+    def groups(self) -> list[WatchedGroup]:
+        """What became of each group, in order."""
+        return [] if self.watched is None else self.watched.groups
 
     @property
     def frames(self) -> int:
         """Frames watched, those included that wait for their group to fill."""
         return sum(group.frames for group in self.groups) + sum(map(len, self._waiting))
+
+    @property
+    def pictures_decoded(self) -> int:
+        """Frames that decoders gave, of all files."""
+        return 0 if self.watched is None else self.watched.pictures_decoded
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of their packets that were read."""
+        return 0 if self.watched is None else self.watched.bytes_read
 
     def watch_file(
         self,
@@ -126,12 +102,10 @@ class Watcher:
         def size(height: int, width: int, count: int) -> tuple[int, int]:
             nonlocal planned
             planned = count
-            if self.size is not None:
-                return self.size
+            if self.watched is not None:
+                return self.watched.script.size
             return (height, width) if rule is None else rule(height, width, count)
 
-        offset = self.source_frames
-        pictures, size_bytes = self.pictures_decoded, self.bytes_read
         groups = stream_video(
             path,
             group=self.group,
@@ -142,23 +116,25 @@ class Watcher:
             workers=workers,
             worker_kind=worker_kind,
         )
+        before = None
         with closing(groups):  # or the workers would go on until an error is forgotten
             for video in groups:
                 info = video.info
                 pace = Pace(info.average_fps, planned / info.frame_count * info.average_fps)
-                if self.pace is None:
-                    self._begin(video.frames, rule is not None, pace)
-                self._check_rate(pace.sampled_fps)
-                assert self.pace is not None
-                scale = self.pace.source_fps / pace.source_fps
+                watched = self._begin(video.frames, rule is not None, pace)
+                if before is None:
+                    before = replace(watched)
+                first_pace, offset = watched.script.pace, before.source_frames
+                scale = first_pace.source_fps / pace.source_fps
                 # As `Video.even_indices` counts, at the rate of the session's first frames.
-                indices = offset + (video.pts_seconds * self.pace.source_fps).round().long()
+                indices = offset + (video.pts_seconds * first_pace.source_fps).round().long()
                 length = offset + round(info.frame_count * scale)
-                self.source_frames = max(length, int(indices[-1]) + 1)
-                self.pictures_decoded = pictures + video.pictures_decoded
-                self.bytes_read = size_bytes + video.bytes_read
-                seconds = offset / self.pace.source_fps + video.pts_seconds
-                self._prefill(Group.of(video.frames, indices, self.pace, video.timings, seconds))
+                watched.source_frames = max(length, int(indices[-1]) + 1)
+                watched.pictures_decoded = before.pictures_decoded + video.pictures_decoded
+                watched.bytes_read = before.bytes_read + video.bytes_read
+                seconds = offset / first_pace.source_fps + video.pts_seconds
+                group = FrameGroup.of(video.frames, indices, first_pace, video.timings, seconds)
+                self._prefill(watched, group)
 
     def watch_frames(self, frames: Tensor, fps: float | None) -> None:
         """Prefill full groups of frames; what is left of them waits for more."""
@@ -174,70 +150,43 @@ class Watcher:
         if fps is not None and not 0 < fps < float("inf"):
             raise MediaError(f"fps must be a number above 0, got {fps}")
         rule = frame_size(self._loaded.processor)
-        if self.pace is None:
+        if self.watched is None:
             if fps is None:
                 raise MediaError("frames need their rate: give fps, such as fps=2.0")
             if rule is not None:
                 height, width = frames.shape[-2:]
                 frames = self._resize(frames, rule(height, width, len(frames)))
-            self._begin(frames, rule is not None, Pace(fps, fps))
-        elif fps is not None:
-            self._check_rate(fps)
-        assert self.size is not None
-        waited, groups = self._waiting, len(self.groups)
-        self._waiting = [*waited, self._resize(frames, self.size)]
+        elif fps is None:
+            fps = self.watched.script.pace.sampled_fps
+        watched = self._begin(frames, rule is not None, Pace(fps, fps))
+        waited, groups = self._waiting, len(watched.groups)
+        self._waiting = [*waited, self._resize(frames, watched.script.size)]
         try:
             while sum(map(len, self._waiting)) >= self.group:
-                self._prefill_waiting(self.group)
+                self._prefill_waiting(watched, self.group)
         except BaseException:
             # Frames of this call must not wait: a second try would watch them twice.
-            kept = self.told is not None and len(self.groups) == groups
+            kept = watched is self.watched and groups and len(watched.groups) == groups
             self._waiting = waited if kept else []
             raise
         # What waits must not keep alive what went by.
         self._waiting = [one.clone() for one in self._waiting]
 
-    def _begin(self, frames: Tensor, sized: bool, pace: Pace) -> None:
-        """Settle what all frames have in common."""
-        height, width = frames.shape[-2:]
-        script = Script(self._loaded, (height, width), sized, pace)
-        self.check_positions(script)
-        self.script, self.size, self.sized, self.pace = script, (height, width), sized, pace
-
-    def check_positions(self, script: Script) -> None:
-        """Check that frames stay where they are when others follow them, and a question behind.
-
-        Raises:
-            UnsupportedModelError: They do not: an older release of transformers places the frames
-                of a clip by the size of the whole, or a question as if nothing were before it.
-        """
-        once, twice = script.black()
-        stay = len(once) - script.closing
-        early, late = (self.positions(told.then(script.ending)) for told in (once, twice))
-        if not torch.equal(early[..., :stay], late[..., :stay]):
-            raise UnsupportedModelError(
-                f"transformers {transformers.__version__} gives the frames of {self._loaded.name} "
-                "positions that depend on how many follow, so they cannot be watched one by one; "
-                "install a newer release, or ask about the file at once"
-            )
-        model: Any = self._loaded.model
-        ids = once.ids
-        given = {"attention_mask": torch.ones_like(ids), "position_ids": early[..., : ids.shape[1]]}
-        if model.prepare_inputs_for_generation(ids, **given).get("position_ids") is None:
-            raise UnsupportedModelError(
-                f"transformers {transformers.__version__} does not let {self._loaded.name} be told "
-                "the positions of a question, so none can be asked about what was watched; install "
-                "a newer release, or ask about the file at once"
-            )
-
-    def _check_rate(self, fps: float) -> None:
-        assert self.pace is not None
-        first = self.pace.sampled_fps
-        if abs(fps - first) > 1e-3 * first:
+    def _begin(self, frames: Tensor, sized: bool, pace: Pace) -> Watched:
+        """Settle what all frames have in common, or check that these go on at the same rate."""
+        if self.watched is None:
+            height, width = frames.shape[-2:]
+            script = Script(self._loaded, (height, width), sized, pace)
+            check_positions(self._loaded, script)
+            self.watched = Watched.nothing(self._loaded, script)
+        first = self.watched.script.pace.sampled_fps
+        if abs(pace.sampled_fps - first) > 1e-3 * first:
             raise MediaError(
-                f"all frames of a session are one clip, watched at one rate: got {fps:g} frames "
-                f"per second after {first:g}; choose fps={first:g}, or a session of their own"
+                f"all frames of a session are one clip, watched at one rate: got "
+                f"{pace.sampled_fps:g} frames per second after {first:g}; choose fps={first:g}, or "
+                "a session of their own"
             )
+        return self.watched
 
     def _resize(self, frames: Tensor, size: tuple[int, int]) -> Tensor:
         if tuple(frames.shape[-2:]) == tuple(size):
@@ -251,105 +200,109 @@ class Watcher:
     def flush(self) -> None:
         """Prefill the frames that wait for more."""
         waiting = sum(map(len, self._waiting))
-        if waiting:
-            self._prefill_waiting(waiting)
+        if waiting and self.watched is not None:
+            self._prefill_waiting(self.watched, waiting)
 
-    def _prefill_waiting(self, count: int) -> None:
-        assert self.pace is not None
+    def _prefill_waiting(self, watched: Watched, count: int) -> None:
         frames = torch.cat(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
-        step = self.pace.source_fps / self.pace.sampled_fps
-        indices = self.source_frames + (torch.arange(count) * step).round().long()
-        self._prefill(Group.of(frames[:count], indices, self.pace))
+        pace = watched.script.pace
+        step = pace.source_fps / pace.sampled_fps
+        indices = watched.source_frames + (torch.arange(count) * step).round().long()
+        self._prefill(watched, FrameGroup.of(frames[:count], indices, pace))
         self._waiting = [frames[count:]] if len(frames) > count else []
-        self.source_frames += round(count * step)
+        watched.source_frames += round(count * step)
 
-    def _prefill(self, group: Group) -> None:
+    def _prefill(self, watched: Watched, group: FrameGroup) -> None:
         """Send a group through the model; if that fails, nothing of it is left."""
-        assert self.script is not None
+        opening = not watched.groups
         began = time.perf_counter()
-        new = self.script.write(group, opening=self.told is None)
+        new = watched.script.write(group, opening=opening)
         processed = time.perf_counter()
-        told, closing = new, self.script.closing
-        if self.told is not None:
-            told = self.told.first(len(self.told) - closing).then(new)
-        language_model: Any = self._patch.adapter.language_model
-        cache = new_cache(language_model.config) if self.cache is None else self.cache
-        mark = None if self.cache is None else Bookmark(cache, margin=closing)
-        calls = len(self._patch.report.calls)
+        end_tokens = 0 if opening else watched.script.end_tokens
+        so_far = watched.prompt.first(len(watched.prompt) - end_tokens)
+        prompt = new if opening else so_far.then(new)
+        mark = None if opening else Bookmark(watched.cache, margin=end_tokens)
+        report = self._patch.report
+        calls = len(report.calls)
         self._patch.frame_seconds = self._loaded.frame_seconds(group)
         try:
-            if mark is not None and closing:
-                cache.crop(-closing)
-            self._forward(told, new, cache)
-            self._check_closing(len(told) - closing)
+            if end_tokens:
+                watched.cache.crop(-end_tokens)
+            self._forward(watched, prompt, new)
+            self._check_end_tokens(len(prompt) - watched.script.end_tokens)
         except BaseException:
-            del self._patch.report.calls[calls:]
+            del report.calls[calls:]
             if mark is None:
                 self.forget()
             else:
                 mark.restore()
             raise
-        self.cache, self.told = cache, told
+        watched.prompt = prompt
         if calls:  # what the group before decided holds from here on
-            self._patch.report.calls[calls - 1].length -= closing
-        self._locate()
-        seconds, timings = self._patch.report.seconds, group.timings
-        spans = {
-            "decode": [(self.clock.of_host(a), self.clock.of_host(b)) for a, b in timings.effort],
-            "process": [(self.clock.of_host(began), self.clock.of_host(processed))],
-            **self._patch.report.spans(self.clock),
-        }
-        self.groups.append(
-            WatchedGroup(
-                first_frame=sum(one.frames for one in self.groups),
-                frames=len(group.frames),
-                media_tokens=self._patch.report.last.media_tokens,
-                kv_bytes={"before": full_cache_bytes(cache), "after": cache_bytes(cache)},
-                began_seconds=self.clock.of_host(began - timings.decode_seconds),
-                index_seconds=timings.index_seconds,
-                decode_seconds=timings.decode_seconds,
-                process_seconds=processed - began,
-                encode_seconds=seconds["encode"],
-                prefill_seconds=seconds["prefill"],
-                spans=spans,
-            )
+            report.calls[calls - 1].length -= end_tokens
+        self._number(watched)
+        watched.groups.append(self._summary(watched, group, began, processed))
+
+    def _summary(
+        self, watched: Watched, group: FrameGroup, began: float, processed: float
+    ) -> WatchedGroup:
+        """What became of the group that was prefilled last.
+
+        Args:
+            watched: With its tokens in the cache.
+            group: Its frames.
+            began: When the processor began to work on it, by `time.perf_counter`.
+            processed: When the processor was done.
+        """
+        report, timings, host = self._patch.report, group.timings, self.clock.of_host
+        seconds, cache = report.seconds, watched.cache
+        return WatchedGroup(
+            first_frame=sum(one.frames for one in watched.groups),
+            frames=len(group.frames),
+            media_tokens=report.last.media_tokens,
+            kv_bytes={"before": full_cache_bytes(cache), "after": cache_bytes(cache)},
+            began_seconds=host(began - timings.decode_seconds),
+            index_seconds=timings.index_seconds,
+            decode_seconds=timings.decode_seconds,
+            process_seconds=processed - began,
+            encode_seconds=seconds["encode"],
+            prefill_seconds=seconds["prefill"],
+            spans={
+                "decode": [(host(start), host(end)) for start, end in timings.effort],
+                "process": [(host(began), host(processed))],
+                **report.spans(self.clock),
+            },
         )
 
-    def _forward(self, told: Tokens, new: Tokens, cache: Cache) -> None:
+    def _forward(self, watched: Watched, prompt: Tokens, new: Tokens) -> None:
+        """Append tokens to the cache.
+
+        Args:
+            watched: Whose cache it is.
+            prompt: All tokens up to and with the new ones.
+            new: Those that are not in the cache yet.
+        """
         model: Any = self._loaded.model
         # The logits of a group are of no use.
         least = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-        assert self.script is not None
         # Some families find the end of a clip by what follows it.
-        positions = self.positions(told.then(self.script.ending))
+        positions = prompt_positions(self._loaded, prompt.then(watched.script.ending))
         # Masks look these up by a token's place in the whole sequence (Gemma 3).
         types = new.types | {
-            name: told.types[name] for name in ("token_type_ids",) if name in told.types
+            name: prompt.types[name] for name in ("token_type_ids",) if name in prompt.types
         }
         with torch.no_grad(), self._patch:
             model(
                 input_ids=new.ids,
-                position_ids=positions[..., len(told) - len(new) : len(told)],
+                position_ids=positions[..., len(prompt) - len(new) : len(prompt)],
                 use_cache=True,
-                **{CACHE_NAME: cache},
+                **{CACHE_NAME: watched.cache},
                 **types,
                 **new.media,
                 **least,
             )
 
-    def positions(self, told: Tokens) -> Tensor:
-        """The positions that `generate` gives to a prompt: `[..., 1, S]`."""
-        model: Any = self._loaded.model
-        known = {
-            "input_ids": told.ids,
-            "attention_mask": torch.ones_like(told.ids),
-            **told.types,
-            **told.media,
-        }
-        positions: Tensor = model._prepare_position_ids_for_generation(told.ids, known)
-        return positions
-
-    def _check_closing(self, end: int) -> None:
+    def _check_end_tokens(self, end: int) -> None:
         position = self._patch.report.last.layouts[0].position
         if len(position) and int(position[-1]) >= end:
             raise UnsupportedModelError(
@@ -357,16 +310,14 @@ class Watcher:
                 "cannot be watched one by one; ask about the file at once"
             )
 
-    def _locate(self) -> None:
-        """Let the newest layout tell items, canvases, frames and seconds of the whole session."""
-        assert self.pace is not None
-        assert self.told is not None
+    def _number(self, watched: Watched) -> None:
+        """Let the newest layout number items, canvases, frames and seconds of the whole session."""
         seconds = 0.0
-        if self._patch.adapter.seconds_name in self.told.media:  # counted from the group's start
-            seconds = sum(one.frames for one in self.groups) / self.pace.sampled_fps
+        if self._patch.adapter.seconds_name in watched.prompt.media:  # from the group's start
+            seconds = sum(one.frames for one in watched.groups) / watched.script.pace.sampled_fps
         call = self._patch.report.last
         (layout,) = call.layouts
-        items, canvases, frames = self.counted
+        items, canvases, frames = watched.counted
         clip = layout.frame >= 0
         layout = replace(
             layout,
@@ -378,12 +329,4 @@ class Watcher:
         call.layouts = [layout]
         ends = (layout.item, layout.canvas, layout.frame)
         items, canvases, frames = (int(one.max()) + 1 for one in ends)
-        self.counted = items, canvases, frames
-
-
-def _check_group(group: int, patch: int) -> None:
-    if group < 1 or group % patch:
-        raise TokenPruneError(
-            f"group must be a multiple of {patch}, the frames that this model joins to one, "
-            f"got {group}"
-        )
+        watched.counted = items, canvases, frames

@@ -1,0 +1,55 @@
+"""What a session refuses before any work."""
+
+from __future__ import annotations
+
+from tokenprune.core.recipe import Recipe
+from tokenprune.errors import RecipeError, TokenPruneError, UnsupportedModelError
+from tokenprune.models.loading import LoadedModel
+from tokenprune.session.script import temporal_patch
+
+__all__ = ["check_group", "check_session", "check_watches"]
+
+
+def check_session(recipe: Recipe) -> None:
+    """Check that a recipe can be followed group by group.
+
+    Raises:
+        RecipeError: It asks for the question, or for the whole video.
+    """
+    for method in recipe.methods:
+        if method.text_dependent:
+            raise RecipeError(
+                f"{method.name} decides by the question, but a session prunes before there is one; "
+                "use a method that reads the media only, such as vflowopt"
+            )
+        if method.joint:
+            raise RecipeError(
+                f"{method.name} weighs a whole video at once, but a session sees only groups; "
+                "use it with `prune`, or a method that decides within a group, such as vflowopt"
+            )
+
+
+def check_watches(loaded: LoadedModel) -> None:
+    """Check that a model sees.
+
+    Raises:
+        UnsupportedModelError: It understands sound only.
+    """
+    if not set(loaded.adapter.modalities) - {"audio"}:
+        raise UnsupportedModelError(
+            f"{loaded.name} understands sound only, and a session watches; use `prune`"
+        )
+
+
+def check_group(group: int, loaded: LoadedModel) -> None:
+    """Check that groups of so many frames can be watched.
+
+    Raises:
+        TokenPruneError: The model joins frames across their borders.
+    """
+    patch = temporal_patch(loaded)
+    if group < 1 or group % patch:
+        raise TokenPruneError(
+            f"group must be a multiple of {patch}, the frames that this model joins to one, "
+            f"got {group}"
+        )

@@ -1,0 +1,46 @@
+"""What a session watched and what it cost, as plain data and as text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenprune.session.session import Session
+
+__all__ = ["as_dict", "as_text"]
+
+
+def as_dict(session: Session) -> dict[str, Any]:
+    """What was watched and what it cost, group by group."""
+    groups = [asdict(group) for group in session.groups]
+    return {
+        "frames": session.frames,
+        "media_tokens": session.media_tokens,
+        "kv_bytes": session.kv_bytes,
+        "pictures_decoded": session.pictures_decoded,
+        "bytes_read": session.bytes_read,
+        "recipe": str(session.recipe),
+        "model": session.model_name,
+        "groups": [{k: v for k, v in group.items() if k != "spans"} for group in groups],
+        "timeline": session.timeline.as_list(),
+    }
+
+
+def as_text(session: Session) -> str:
+    """The same as a few lines of text."""
+    tokens, size, groups = session.media_tokens, session.kv_bytes, session.groups
+    spent = [
+        f"{name} {sum(getattr(group, f'{name}_seconds') for group in groups):.3f}"
+        for name in ("decode", "process", "encode", "prefill")
+    ]
+    mebibytes = [f"{size[when] / 2**20:.1f} MiB" for when in ("before", "after")]
+    lines = [
+        f"recipe        {session.recipe}",
+        f"frames        {session.frames} in {len(groups)} groups",
+        f"decoded       {session.pictures_decoded} pictures, {session.bytes_read / 2**20:.1f} MiB",
+        f"media tokens  {tokens['before']} -> {tokens['after']}",
+        f"KV cache      {' -> '.join(mebibytes)}",
+        f"seconds       {', '.join(spent)}",
+    ]
+    return "\n".join(lines)
