@@ -79,10 +79,11 @@ def measure(runs: dict[str, list[str]], tree: Path, repeats: int) -> list[Cost]:
             codes[command] = ran.returncode
             if turn:  # the first time compiles modules and fills the cache of files
                 taken[command].append(spent)
-    return [
-        Cost(command, *(median(one) for one in zip(*spans, strict=True)), codes[command])
-        for command, spans in taken.items()
-    ]
+    found = []
+    for command, spans in taken.items():
+        processor, clock = (median(one) for one in zip(*spans, strict=True))
+        found.append(Cost(command, processor, clock, codes[command]))
+    return found
 
 
 def _processor_seconds() -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -20,7 +21,7 @@ from tokenprune.errors import TokenPruneError
 
 __all__ = ["VERBS", "app", "main"]
 
-VERBS = {
+VERBS: dict[str, Callable[..., None]] = {
     "ask": ask,
     "plan": plan_file,
     "watch": watch_video,

@@ -47,8 +47,9 @@ def ask(
 
     check_file(file)
     if file.suffix == ".safetensors":
-        settled = {"recipe": recipe, "frames": frames, "fps": fps, "group": group}
-        settled |= {"overlay": overlay, "timeline": timeline, "compare": compare or None}
+        settled: dict[str, object] = {"recipe": recipe, "frames": frames, "fps": fps}
+        settled |= {"group": group, "overlay": overlay, "timeline": timeline}
+        settled |= {"compare": compare or None}
         _refuse(file, [f"--{name}" for name, value in settled.items() if value is not None])
         _ask_saved(file, question, model, max_new_tokens, as_json)
         return
