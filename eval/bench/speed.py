@@ -36,7 +36,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from tokenprune.engine.patch import Patch, prune
+from tokenprune.engine.encoders import EncoderCalls
+from tokenprune.engine.patch import prune
 from tokenprune.plan.flops import prefill_flops
 
 FRAMES = 31  # of 14 x 14 tokens, and a newline token: 6,077
@@ -304,10 +305,10 @@ def reading_timed() -> Iterator[list[float]]:
     Much shorter than the encoding that it is part of, it would drown in the latter's scatter.
     """
     spent: list[float] = []
-    read = Patch._read_tower
+    read = EncoderCalls._read
 
     @functools.wraps(read)
-    def timed(self: Patch, tower: Any, query: Tensor, *args: Any) -> None:
+    def timed(self: EncoderCalls, tower: Any, query: Tensor, *args: Any) -> None:
         if query.is_cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
@@ -316,7 +317,7 @@ def reading_timed() -> Iterator[list[float]]:
             torch.cuda.synchronize()
         spent.append(time.perf_counter() - started)
 
-    with patch.object(Patch, "_read_tower", timed):
+    with patch.object(EncoderCalls, "_read", timed):
         yield spent
 
 

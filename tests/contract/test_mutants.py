@@ -7,6 +7,7 @@ passes without the mutant and must fail with it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -22,13 +23,16 @@ from tokenprune.adapters.base import Item
 from tokenprune.adapters.llava_next import LlavaNext
 from tokenprune.adapters.qwen2_5_vl import Qwen2_5VL
 from tokenprune.core import selectors
-from tokenprune.engine import patch as engine
-from tokenprune.engine import prefill
+from tokenprune.engine import deepstack, flight, forward, hooks, prefill, run
+from tokenprune.engine import patch as patching
 from tokenprune.engine.cache import PrunedLayer
-from tokenprune.engine.encoders import StreamedView
+from tokenprune.engine.deepstack import DeepStack
+from tokenprune.engine.flight import Flight
+from tokenprune.engine.forward import Forward
 from tokenprune.engine.masks import LazyMask
-from tokenprune.engine.patch import Patch
-from tokenprune.engine.prefill import Flight, Prefill
+from tokenprune.engine.prefill import Prefill
+from tokenprune.engine.schedule import Schedule
+from tokenprune.engine.views import StreamedView
 from tokenprune.methods import baselines
 
 Check = Callable[[], None]
@@ -59,35 +63,42 @@ batch_oracle = contracts.test_a_left_padded_batch_matches_the_oracle
 @caught_by(oracle, "llava", INPUT)
 def positions_counted_anew(patch: pytest.MonkeyPatch) -> None:
     """What is left gets the positions 0 to K - 1."""
-    original = Patch._slice
-
-    def faulty(self: Patch, args: Any, kwargs: Any, source: Any, length: int) -> Any:
-        first = torch.arange(source.shape[1]).expand_as(source)
-        return original(self, args, kwargs, first, length)
-
-    patch.setattr(Patch, "_slice", faulty)
+    _cut_elsewhere(patch, lambda source, length: torch.arange(source.shape[1]).expand_as(source))
 
 
 @caught_by(oracle, "qwen2_5_vl", LAYERS)
 def positions_one_too_far(patch: pytest.MonkeyPatch) -> None:
     """Kept tokens get the position of the token after them."""
-    original = Patch._slice
+    _cut_elsewhere(patch, lambda source, length: (source + 1).clamp_max(length - 1))
 
-    def faulty(self: Patch, args: Any, kwargs: Any, source: Any, length: int) -> Any:
-        return original(self, args, kwargs, (source + 1).clamp_max(length - 1), length)
 
-    patch.setattr(Patch, "_slice", faulty)
+def _cut_elsewhere(patch: pytest.MonkeyPatch, other: Callable[[Any, int], Any]) -> None:
+    """Cut positions to rows other than those in flight."""
+    original = Forward.cut_arguments
+
+    def faulty(self: Forward, args: Any, kwargs: Any) -> Any:
+        flight = self.flight
+        if flight.source is None:
+            return original(self, args, kwargs)
+        kept = flight.source
+        flight.source = other(kept, flight.length)
+        try:
+            return original(self, args, kwargs)
+        finally:
+            flight.source = kept
+
+    patch.setattr(Forward, "cut_arguments", faulty)
 
 
 @caught_by(contracts.test_compact_positions_match_the_oracle, "llava", INPUT, "alone")
 def compact_shift_forgotten_in_decoding(patch: pytest.MonkeyPatch) -> None:
-    original = Patch._renumber
+    original = Forward._renumber
 
-    def faulty(self: Patch, kwargs: Any, tokens: Any) -> None:
+    def faulty(self: Forward, kwargs: Any, tokens: Any) -> None:
         if tokens is not None:
             original(self, kwargs, tokens)
 
-    patch.setattr(Patch, "_renumber", faulty)
+    patch.setattr(Forward, "_renumber", faulty)
 
 
 # -- masks
@@ -96,12 +107,12 @@ def compact_shift_forgotten_in_decoding(patch: pytest.MonkeyPatch) -> None:
 @caught_by(contracts.test_eager_attention_matches_the_oracle, "llava", INPUT, "alone")
 def bidirectional_mask(patch: pytest.MonkeyPatch) -> None:
     """Eager attention goes without a mask, as SDPA may: but then nothing is causal."""
-    original = engine.mask_for_kernel
+    original = run.mask_for_kernel
 
     def faulty(mask: Any, name: str, *args: Any) -> Any:
         return name, original(mask, "sdpa", *args)[1]
 
-    patch.setattr(engine, "mask_for_kernel", faulty)
+    patch.setattr(run, "mask_for_kernel", faulty)
 
 
 @caught_by(batch_oracle, "llava", INPUT)
@@ -127,12 +138,12 @@ def square_mask(patch: pytest.MonkeyPatch) -> None:
 
 
 def _always_masked(patch: pytest.MonkeyPatch) -> None:
-    original = engine.mask_for_kernel
+    original = run.mask_for_kernel
 
     def faulty(mask: Any, name: str, query: Any, rows: Any, keys: Any, holes: bool) -> Any:
         return original(mask, name, query, rows, keys, True)
 
-    patch.setattr(engine, "mask_for_kernel", faulty)
+    patch.setattr(run, "mask_for_kernel", faulty)
 
 
 @caught_by(batch_oracle, "qwen2_5_vl", CACHE)
@@ -170,7 +181,8 @@ def holes_on_the_right(patch: pytest.MonkeyPatch) -> None:
             [torch.nn.functional.pad(row, (0, longest - row.shape[-1]), value=-1) for row in rows]
         )
 
-    patch.setattr(prefill, "pad_left", faulty)
+    for module in (flight, prefill):
+        patch.setattr(module, "pad_left", faulty)
 
 
 @caught_by(oracle, "llava", EVERYWHERE)
@@ -212,12 +224,13 @@ def decision_recorded_but_not_applied(patch: pytest.MonkeyPatch) -> None:
 
 @caught_by(oracle, "qwen2_audio", LAYERS)
 def one_layer_late(patch: pytest.MonkeyPatch) -> None:
-    original = Patch._run_layer_stages
+    original = Schedule.__init__
 
-    def faulty(self: Patch, number: int, hidden: Any) -> Any:
-        return original(self, number - 1 if number > 1 else number, hidden) if number != 1 else None
+    def faulty(self: Schedule, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.layer = {number + 1: stages for number, stages in self.layer.items()}
 
-    patch.setattr(Patch, "_run_layer_stages", faulty)
+    patch.setattr(Schedule, "__init__", faulty)
 
 
 # -- what is merged, and what early layers add
@@ -225,49 +238,36 @@ def one_layer_late(patch: pytest.MonkeyPatch) -> None:
 
 @caught_by(oracle, "llava_onevision", "vflowopt(keep=0.5)")
 def merge_weights_lost(patch: pytest.MonkeyPatch) -> None:
-    original = engine._absorb_
+    original = forward.absorb_
 
     def faulty(features: Any, source: Any, target: Any, weight: Any) -> None:
         original(features, source, target, torch.ones_like(weight))
 
-    patch.setattr(engine, "_absorb_", faulty)
+    for module in (forward, deepstack):
+        patch.setattr(module, "absorb_", faulty)
 
 
 @caught_by(oracle, "llava", "vflowopt(keep=0.5)")
 def merge_forgotten(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine, "_absorb_", lambda *args: None)
+    for module in (forward, deepstack):
+        patch.setattr(module, "absorb_", lambda *args: None)
 
 
 @caught_by(oracle, "qwen3_vl", INPUT)
 def deepstack_not_narrowed(patch: pytest.MonkeyPatch) -> None:
     """Rows moved, but the features of the first rows are added."""
-    original = Patch._after_layer
+    original = DeepStack.add
 
-    def faulty(self: Patch, *args: Any) -> Any:
-        flight = self._flight
-        if flight is None or flight.source is None:
-            return original(self, *args)
-        kept = flight.source
-        flight.source = torch.arange(kept.shape[1]).expand_as(kept)
-        try:
-            return original(self, *args)
-        finally:
-            flight.source = kept
+    def faulty(self: DeepStack, layer: int, hidden: Any, source: Any) -> Any:
+        first = None if source is None else torch.arange(source.shape[1]).expand_as(source)
+        return original(self, layer, hidden, first)
 
-    patch.setattr(Patch, "_after_layer", faulty)
+    patch.setattr(DeepStack, "add", faulty)
 
 
 @caught_by(oracle, "qwen3_vl", "vflowopt(keep=0.5)")
 def deepstack_not_merged(patch: pytest.MonkeyPatch) -> None:
-    original = Patch._merge
-
-    def faulty(self: Patch, *args: Any) -> Any:
-        before = self._deepstack
-        hidden = original(self, *args)
-        self._deepstack = before
-        return hidden
-
-    patch.setattr(Patch, "_merge", faulty)
+    patch.setattr(DeepStack, "absorb_", lambda self, *args: None)
 
 
 # -- caches
@@ -316,7 +316,7 @@ def bytes_not_freed(patch: pytest.MonkeyPatch) -> None:
 @caught_by(contracts.test_a_cropped_cache_goes_on_as_before, "llava", EVERYWHERE, 1)
 def length_is_physical(patch: pytest.MonkeyPatch) -> None:
     def faulty(self: PrunedLayer) -> int:
-        return 0 if self.index is None else self.keys.shape[2]
+        return 0 if not self.is_initialized else self.keys.shape[2]
 
     patch.setattr(PrunedLayer, "get_seq_length", faulty)
 
@@ -326,7 +326,7 @@ def rollback_forgotten(patch: pytest.MonkeyPatch) -> None:
     """Tokens that were taken back stay in the cache; only the count is right."""
 
     def faulty(self: PrunedLayer, tokens_to_remove: int) -> None:
-        if self.index is not None:
+        if self.is_initialized:
             self.seen += min(0, tokens_to_remove)
             self.clock.end = self.seen
 
@@ -368,19 +368,19 @@ def beams_not_reordered(patch: pytest.MonkeyPatch) -> None:
 @caught_by(context.test_attention_rows_are_those_of_eager_attention, "llava", "alone")
 def query_heads_grouped_wrongly(patch: pytest.MonkeyPatch) -> None:
     """Query head h reads key-value head h % H instead of h // (heads / H)."""
-    original = engine.attention_row
+    original = run.attention_row
 
     def faulty(query: Any, keys: Any, *args: Any) -> Any:
         share = query.shape[1] // keys.shape[1]
         order = torch.arange(query.shape[1]).view(-1, share).T.flatten()
         return original(query[:, order], keys, *args)
 
-    patch.setattr(engine, "attention_row", faulty)
+    patch.setattr(run, "attention_row", faulty)
 
 
 @caught_by(context.test_attention_rows_are_those_of_eager_attention, "qwen2_5_vl", "batch")
 def padding_takes_attention(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine, "last_query_mask", lambda *args: None)
+    patch.setattr(run, "last_query_mask", lambda *args: None)
 
 
 @caught_by(context.test_encoder_views_are_the_tower_s_attention, "llava", "alone")
@@ -438,7 +438,7 @@ def draws_differ_by_row(patch: pytest.MonkeyPatch) -> None:
 
 @caught_by(contracts.test_the_model_is_as_before, "llava_next_video", INPUT)
 def attention_not_restored(patch: pytest.MonkeyPatch) -> None:
-    original = engine._switch_attention
+    original = hooks.switch_attention
 
     def faulty(stack: Any, config: Any, *args: Any) -> None:
         name = "_attn_implementation_internal"
@@ -446,25 +446,25 @@ def attention_not_restored(patch: pytest.MonkeyPatch) -> None:
         stack.callback(setattr, config, name, "eager")
         original(stack, config, *args)
 
-    patch.setattr(engine, "_switch_attention", faulty)
+    patch.setattr(patching, "switch_attention", faulty)
 
 
 @caught_by(contracts.test_the_model_is_as_before_after_an_exception, "llava", "layer")
 def hooks_stay_after_an_exception(patch: pytest.MonkeyPatch) -> Callable[[], None]:
-    original = Patch.__exit__
-    left = []
+    left: list[ExitStack] = []
 
-    def faulty(self: Patch, *error: Any) -> None:
-        if error[0] is None:
-            original(self, *error)
-        else:
-            left.append(self)
+    class Leaky(ExitStack):
+        def __exit__(self, *error: Any) -> bool:
+            if error[0] is None:
+                return super().__exit__(*error) or False
+            left.append(self.pop_all())
+            return False
 
-    patch.setattr(Patch, "__exit__", faulty)
+    patch.setattr(patching, "ExitStack", Leaky)
 
     def clean() -> None:
         for one in left:
-            original(one, None, None, None)
+            one.close()
 
     return clean
 

@@ -51,9 +51,11 @@ from tokenprune import Session, prune
 from tokenprune.adapters.base import Adapter, adapter_for
 from tokenprune.core.recipe import Recipe
 from tokenprune.core.stage import EncoderStage
-from tokenprune.engine import patch as engine
+from tokenprune.engine import patch as patching
 from tokenprune.engine.cache import CACHE_NAME, PrunedLayer
+from tokenprune.engine.forward import Forward
 from tokenprune.engine.patch import Patch
+from tokenprune.engine.run import Run
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
 from tokenprune.models.loading import load_model
 
@@ -71,8 +73,9 @@ USES = ("generate", "a static cache", "a cache of others", "embeddings", "two pa
 """How the model is used; all but the first are refused."""
 PLACES = ("nowhere", "stage", "layer", "attention", "encoder", "layout", "cache", "streamer")
 PLACES += ("hook", "installing")
-HOOKS = ("_on_prompt", "_before_lm", "_after_lm", "_before_layer", "_after_layer")
-HOOKS += ("_attention", "_mask", "_finish_prefill", "_slice")
+HOOKS = [(Run, name) for name in ("on_prompt", "before_model", "after_model", "before_layer")]
+HOOKS += [(Run, name) for name in ("after_layer", "attend", "mask")]
+HOOKS += [(Forward, name) for name in ("begin", "finish", "cut_arguments")]
 """What the engine hooks into a model, and what its hooks call."""
 
 
@@ -218,11 +221,11 @@ def failing(
             method = chance.choice(["update", "select"])
             patched.setattr(PrunedLayer, method, guarded(getattr(PrunedLayer, method), fuse))
         elif place == "hook":
-            method = chance.choice(HOOKS)
-            patched.setattr(Patch, method, guarded(getattr(Patch, method), fuse))
+            kind, method = chance.choice(HOOKS)
+            patched.setattr(kind, method, guarded(getattr(kind, method), fuse))
         elif place == "installing":
-            step = chance.choice(["_hook", "_shadow", "_switch_attention"])
-            patched.setattr(engine, step, guarded(getattr(engine, step), fuse))
+            step = chance.choice(["add_hook", "shadow", "switch_attention"])
+            patched.setattr(patching, step, guarded(getattr(patching, step), fuse))
         yield
 
 
@@ -503,7 +506,7 @@ def alive() -> tuple[int, int, int]:
     # Other kinds, such as a compiler's imagined tensors, hold no memory.
     tensors = [thing for thing in things if type(thing) in (Tensor, nn.Parameter)]
     held = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
-    patches = sum(type(thing) is Patch for thing in things)
+    patches = sum(type(thing) in (Patch, Run, Forward) for thing in things)
     return len(tensors), sum(held.values()), patches
 
 

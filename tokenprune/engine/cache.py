@@ -21,8 +21,8 @@ from tokenprune.errors import UnsupportedModelError
 __all__ = [
     "CACHE_NAME",
     "CACHE_NAMES",
-    "Clock",
     "PrunedLayer",
+    "SequenceClock",
     "adopt",
     "cache_among",
     "cache_bytes",
@@ -43,8 +43,11 @@ CACHE_NAME: Final = next(
 # and forgets in steps as large, so that decoding does not rebuild its tensors at each token.
 _SLACK = 64
 
+_NO_INDEX: Final = torch.zeros(1, 1, 0, dtype=torch.int64)
+"""The index of every layer that stores nothing: one object, so that layers know theirs is equal."""
 
-class Clock:
+
+class SequenceClock:
     """What the layers of one cache share.
 
     Attributes:
@@ -60,9 +63,9 @@ class Clock:
         self.rows: Tensor | None = None
         self.holes = False
         self.shift: Tensor | None = None
-        self._extended: tuple[Tensor | None, Tensor, Tensor] | None = None
+        self._extended: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def extend(self, index: Tensor | None) -> Tensor:
+    def extend(self, index: Tensor) -> Tensor:
         """Append the rows in flight to a layer's index `[B, H, S]`.
 
         Layers with one and the same index get one and the same result, so that masks built from
@@ -77,7 +80,7 @@ class Clock:
             old, rows, new = self._extended
             if old is index and rows is self.rows:
                 return new
-        if index is None:
+        if index is _NO_INDEX:
             new = self.rows[:, None]
         else:
             new = torch.cat([index, self.rows[:, None].expand(-1, index.shape[1], -1)], dim=-1)
@@ -104,15 +107,15 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
     keys: Tensor
     values: Tensor
 
-    def __init__(self, clock: Clock, window: int | None = None) -> None:
+    def __init__(self, clock: SequenceClock, window: int | None = None) -> None:
         super().__init__()
         self.clock = clock
         self.window = window
         self._clear()
 
     def _clear(self) -> None:
-        self.index: Tensor | None = None
-        self.shown: Tensor | None = None
+        self.index: Tensor = _NO_INDEX
+        self.shown: Tensor = _NO_INDEX
         self.holes = False
         self.seen = 0
         self._tail = 0  # columns appended since the last selection: the same tokens in all heads
@@ -143,7 +146,6 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         Args:
             columns: `[B, 1 or H, K]`, -1 for holes.
         """
-        assert self.index is not None
         batch, heads = self.keys.shape[:2]
         safe = columns.clamp_min(0)
         gather = safe.expand(batch, heads, -1)[..., None].to(self.keys.device)
@@ -160,7 +162,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         Returns:
             Whether anything was forgotten: this is done in steps.
         """
-        if self.window is None or self.index is None or self.clock.rows is None:
+        if self.window is None or self.clock.rows is None:
             return False
         if self.index.shape[-1] < self.window + 2 * _SLACK:
             return False
@@ -188,7 +190,6 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
                 f"remember {_SLACK} tokens beyond it; roll back less, or start with a fresh cache"
             )
         self.seen = self.clock.end = max(0, length)
-        assert self.index is not None
         if removed <= self._tail:
             stay = self.keys.shape[-2] - removed
             tail = self._tail - removed
@@ -215,7 +216,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         self._on_batch(lambda tensor: tensor[indices.to(tensor.device)])
 
     def _on_batch(self, change: Any) -> None:
-        if self.index is not None:
+        if self.index is not _NO_INDEX:
             self.keys, self.values = change(self.keys), change(self.values)
             self.index = change(self.index)
 
@@ -262,7 +263,7 @@ def _is_pruned(cache: Cache) -> bool:
     return bool(cache.layers) and all(isinstance(layer, PrunedLayer) for layer in cache.layers)
 
 
-def adopt(cache: Cache, layers: int) -> Clock:
+def adopt(cache: Cache, layers: int) -> SequenceClock:
     """Make an empty dynamic cache a pruned one, in place, since `generate` keeps its reference.
 
     Raises:
@@ -270,9 +271,9 @@ def adopt(cache: Cache, layers: int) -> Clock:
     """
     check_cache(cache)
     if _is_pruned(cache):
-        clock: Clock = cache.layers[0].clock
+        clock: SequenceClock = cache.layers[0].clock
         return clock
-    clock = Clock()
+    clock = SequenceClock()
     windows = [getattr(layer, "sliding_window", None) for layer in cache.layers] or [None] * layers
     cache.layers = [PrunedLayer(clock, window) for window in windows]
     cache.layer_class_to_replicate = None

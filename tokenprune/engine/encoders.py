@@ -1,133 +1,184 @@
-"""Reading the attention of a vision tower while it runs, without ever storing it."""
+"""Encoder calls: which media they encoded, and the attention of their towers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from tokenprune.core.context import EncoderView
+from tokenprune.adapters.base import MediaCall, Tower
+from tokenprune.core.layout import Modality
+from tokenprune.engine.hooks import add_hook, switch_attention
+from tokenprune.engine.masks import base_attention
+from tokenprune.engine.schedule import Schedule
+from tokenprune.engine.views import AttentionTap, StreamedView, split_views
+from tokenprune.errors import RecipeError, UnsupportedModelError
+from tokenprune.report.report import Report
+from tokenprune.report.timing import Mark
 
-__all__ = ["AttentionTap", "StreamedView", "split_views"]
-
-_BLOCK_ELEMENTS = 1 << 23
-"""Scores of one block of query rows are held at a time: in float32, 32 MiB."""
-
-_BLOCK_ELEMENTS_CPU = 1 << 20
-"""Four times as fast on a processor, whose cache holds the smaller block."""
-
-
-class StreamedView(EncoderView):
-    """Attention of some views, computed from queries and keys in blocks of rows.
-
-    Args:
-        query: `[W, heads, P + Nv, d]`, with `P` leading tokens that are no patches.
-        key: `[W, heads, P + Nv, d]`.
-        scaling: Factor on the scores; None for `d ** -0.5`.
-        prefix_tokens: `P`.
-        padding: `[W, Nv]` bool, True at patches that no other attends to; they attend to nothing
-            that counts. None: there are none.
-    """
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        scaling: float | None,
-        prefix_tokens: int = 0,
-        padding: Tensor | None = None,
-    ) -> None:
-        self._query = query[:, :, prefix_tokens:]
-        self._key = key
-        self._scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        self._prefix = prefix_tokens
-        self._padding = None if padding is None else padding.to(query.device)
-        self.views, _, self.tokens, _ = self._query.shape
-
-    def received(self) -> Tensor:
-        total = torch.zeros(self.views, self.tokens, device=self._query.device)
-        for view in range(self.views):
-            every = self._query[view : view + 1]
-            if self._padding is not None:
-                every = every[:, :, ~self._padding[view]]
-            for attention in self._blocks(every, view):
-                total[view] += attention[0].sum(dim=0)
-        return total
-
-    def rows(self, queries: Tensor) -> Tensor:
-        index = queries[:, None, :, None].expand(-1, self._query.shape[1], -1, self._query.shape[3])
-        picked = self._query.gather(2, index)  # [W, heads, R, d]
-        return torch.cat(
-            [torch.cat(list(self._blocks(picked[w : w + 1], w)), dim=1) for w in range(self.views)]
-        )
-
-    def _blocks(self, query: Tensor, view: int) -> Iterator[Tensor]:
-        """Attention in a view, averaged over heads, `[1, rows, Nv]` float32, for blocks of rows."""
-        key = self._key[view].transpose(1, 2)  # [heads, d, P + Nv]
-        heads, rows, _ = query.shape[1:]
-        limit = _BLOCK_ELEMENTS_CPU if key.device.type == "cpu" else _BLOCK_ELEMENTS
-        step = max(1, limit // (heads * key.shape[2]))
-        for start in range(0, rows, step):
-            block = query[0, :, start : start + step]
-            # One pass for the product and its scaling: what is added counts for nothing.
-            nothing = key.new_zeros(()).expand(heads, block.shape[1], key.shape[2])
-            scores = torch.baddbmm(nothing, block, key, beta=0, alpha=self._scaling)
-            if self._padding is not None:
-                scores[..., self._prefix :].masked_fill_(self._padding[view], -torch.inf)
-            attention = scores.softmax(dim=-1, dtype=torch.float32).mean(dim=0, keepdim=True)
-            if self._prefix:
-                # A class token takes its share of the softmax, but is no patch to be kept.
-                attention = attention[..., self._prefix :]
-                attention = attention / attention.sum(dim=-1, keepdim=True)
-            yield attention
+__all__ = ["EncoderCalls"]
 
 
-def split_views(
-    query: Tensor, key: Tensor, lengths: list[int] | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Queries and keys of separate views.
-
-    Towers for pictures of one size batch their views; towers for any size put all views into one
-    sequence (whole, where a mask or a kernel keeps them apart) or cut it themselves.
+class EncoderCalls:
+    """The encoder calls of the prompt at hand.
 
     Args:
-        lengths: Tokens of each view in the sequence; None if it is cut already.
-    """
-    if lengths is None:
-        yield query, key
-        return
-    queries, keys = torch.split(query, lengths, dim=2), torch.split(key, lengths, dim=2)
-    yield from zip(queries, keys, strict=True)
-
-
-class AttentionTap(TorchFunctionMode):
-    """Shows queries and keys of torch's own attention, for towers without a registry of kernels.
-
-    Args:
-        show: Called with queries and keys `[W, heads, P + Nv, d]` and the factor on the scores.
-
-    Attributes:
-        calls: How often it was called.
+        schedule: Whose encoder stages read the towers.
+        report: Is told how long encoders took.
     """
 
-    def __init__(self, show: Callable[[Tensor, Tensor, float | None], None]) -> None:
-        super().__init__()
-        self._show = show
-        self.calls = 0
+    def __init__(self, schedule: Schedule, report: Report) -> None:
+        self._adapter = schedule.adapter
+        self._stages = schedule.encoder
+        self._report = report
+        self._calls: list[MediaCall] = []
+        self._ahead: list[MediaCall] = []  # encoded before the base model was called
+        self._used: set[Modality] = set()
+        self._current: MediaCall | None = None
+        self._patches: tuple[MediaCall, list[Tensor]] | None = None
+        self._prompt: dict[str, Any] = {}
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is functional.scaled_dot_product_attention:
-            self.calls += 1
-            query, key = (args[n] if len(args) > n else kwargs[name] for n, name in _OPERANDS)
-            self._show(query, key, kwargs.get("scale"))
-        return function(*args, **kwargs)
+    # -- calls
 
+    def on_prompt(self, prompt: dict[str, Any]) -> None:
+        """The base model is called with these arguments."""
+        self._prompt = prompt
+        # What was encoded ahead counts if the model is given it: older releases of transformers
+        # lose it where `generate` prefills in chunks.
+        self._ahead = [] if prompt.get("mm_encoder_outputs") else list(self._calls)
 
-_OPERANDS = (0, "query"), (1, "key")
+    def take(self) -> list[MediaCall]:
+        """The calls that made the media tokens of the prompt at hand, from now on used."""
+        calls = [call for call in self._calls if call not in self._ahead]
+        self._used = {call.modality for call in calls}
+        return calls
+
+    def watch(self, modality: Modality) -> Callable[[Any], Any]:
+        """A decorator for a method that encodes media of this kind."""
+
+        def decorate(encode: Any) -> Any:
+            signature = inspect.signature(encode)
+
+            @functools.wraps(encode)  # generate looks at the signature
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                if self._current is not None:  # a video call that nests the image call
+                    return encode(*args, **kwargs)
+                bound = signature.bind(*args, **kwargs).arguments
+                arguments = {**bound, **bound.pop("kwargs", {})}
+                arguments.pop("inputs_embeds", None)  # large, and not of the media
+                kind = self._adapter.modality(modality, arguments, self._prompt)
+                call = MediaCall(kind, arguments)
+                started = Mark(self._adapter.language_model)
+                self._current = call
+                try:
+                    result = encode(*args, **kwargs)
+                finally:
+                    self._current = self._patches = None
+                if kind in self._used:  # a new prompt; others may have been encoded ahead
+                    self._calls = [old for old in self._calls if old.modality != kind]
+                    self._used.discard(kind)
+                self._calls.append(call)
+                self._report.encoding(started, Mark(self._adapter.language_model))
+                return result
+
+            return watched
+
+        return decorate
+
+    # -- the attention of towers
+
+    def read_towers(self, stack: ExitStack) -> None:
+        """Let the towers show their attention until the stack closes."""
+        inside: dict[nn.Module, Tower] = {}
+        for modality in self._adapter.modalities:
+            tower = self._adapter.tower(modality)
+            if tower is not None:
+                inside |= dict.fromkeys(tower.block.modules(), tower)
+        for tower in set(inside.values()):
+            if not any(hasattr(module, "config") for module in tower.block.modules()):
+                self._tap(stack, tower)
+        configs: dict[int, Any] = {  # several towers may share one
+            id(module.config): module.config
+            for module in inside
+            if hasattr(getattr(module, "config", None), "_attn_implementation")
+        }
+        for config in configs.values():
+            base = str(config._attn_implementation)
+
+            def attend(
+                module: nn.Module,
+                query: Tensor,
+                key: Tensor,
+                *args: Any,
+                _base: str = base,
+                **kw: Any,
+            ) -> Any:
+                if module in inside:
+                    self._read(inside[module], query, key, kw)
+                return base_attention(_base, module)(module, query, key, *args, **kw)
+
+            # The base's name stays part of the new one: towers look for "flash" in it.
+            name = f"tokenprune_{id(config):x}_{base}"
+            mask = ALL_MASK_ATTENTION_FUNCTIONS.get(base)
+            switch_attention(stack, config, name, attend, mask)
+
+    def _tap(self, stack: ExitStack, tower: Tower) -> None:
+        """Read a block that is not of transformers, but calls torch's attention."""
+        open_taps: list[tuple[ExitStack, AttentionTap]] = []
+
+        def show(query: Tensor, key: Tensor, scaling: float | None) -> None:
+            self._read(tower, query, key, {"scaling": scaling})
+
+        def enter(*_: Any) -> None:
+            opened, tap = ExitStack(), AttentionTap(show)
+            opened.enter_context(tap)
+            open_taps.append((opened, tap))
+
+        def leave(*_: Any) -> None:
+            opened, tap = open_taps.pop()
+            opened.close()
+            if not tap.calls:
+                raise UnsupportedModelError(
+                    f"{type(tower.block).__name__} computes its attention by hand, so it cannot be "
+                    "read; let it use torch's (timm: TIMM_FUSED_ATTN=1), or a method without maps"
+                )
+
+        add_hook(stack, tower.block, "register_forward_pre_hook", enter)
+        add_hook(stack, tower.block, "register_forward_hook", leave, always_call=True)
+
+    def _read(self, tower: Tower, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
+        """Let the encoder stages make their maps of one attention, `[W, heads, P + Nv, d]`."""
+        call = self._current
+        if call is None:
+            return
+        lengths = self._adapter.view_lengths(call)
+        if lengths is None and (boundaries := kwargs.get("cu_seq_lens_q")) is not None:
+            lengths = boundaries.diff().tolist()
+        padding = self._adapter.padding(call)
+        for one_query, one_key in split_views(query, key, lengths):
+            scaling, prefix = kwargs.get("scaling"), tower.prefix_tokens
+            view = StreamedView(one_query, one_key, scaling, prefix, padding)
+            for stage in self._stages:
+                if call.modality in stage.modalities:
+                    maps = call.maps.setdefault(stage.name, [])
+                    grey = functools.partial(self._grey, call, len(maps), view.views)
+                    maps.extend(stage.importance(view, grey).unbind())
+
+    def _grey(self, call: MediaCall, first: int, views: int) -> Tensor:
+        """The pixels below each token of some views, `[W, Nv, pixels]`."""
+        if self._patches is None or self._patches[0] is not call:  # once a call, not once a view
+            patches = self._adapter.grey(call)
+            if patches is None:
+                kind = self._adapter.config.model_type
+                raise RecipeError(
+                    f"{kind} does not give the pixels below its tokens; set the weight of the "
+                    "entropy to 0"
+                )
+            self._patches = call, patches
+        return torch.stack(self._patches[1][first : first + views])

@@ -2,133 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenprune.adapters.base import Adapter, MediaCall
+from tokenprune.adapters.base import Adapter
 from tokenprune.core.context import (
-    CacheContext,
     Context,
     LayerContext,
-    ModelShape,
 )
 from tokenprune.core.indices import pad_left
-from tokenprune.core.layout import MODALITIES, TokenLayout
+from tokenprune.core.layout import TokenLayout
 from tokenprune.core.selection import Merge, Selection
 from tokenprune.core.site import Input
 from tokenprune.core.stage import Stage
 from tokenprune.engine.cache import PrunedLayer
-from tokenprune.errors import RecipeError, UnsupportedModelError
+from tokenprune.engine.flight import Flight
+from tokenprune.engine.prompt import Prompt, Sample
+from tokenprune.engine.signals import EncoderMaps, StoredEntries, columns_of
+from tokenprune.errors import RecipeError
 from tokenprune.report.report import Call, Decision
 
-__all__ = ["Flight", "Prefill", "Sample"]
-
-
-class Flight:
-    """Which tokens of one forward are in flight, sample by sample.
-
-    Attributes:
-        past: Logical length before this forward.
-        length: Tokens that the language model was called with.
-        rows: `[B, Q]` logical index of each hidden state, -1 for holes.
-        source: `[B, Q]` index of each into the language model's input, -1 for holes; None while
-            all of it is in flight.
-        holes: Whether `rows` has any.
-    """
-
-    def __init__(self, batch: int, past: int, length: int, device: torch.device) -> None:
-        self.past = past
-        self.length = length
-        self.rows = torch.arange(past, past + length, device=device).expand(batch, length)
-        self.source: Tensor | None = None
-        self.holes = False
-        self._tokens: list[Tensor] | None = None
-
-    def locate(self, sample: int, tokens: Tensor) -> Tensor:
-        """Where tokens of a sample, `[K]` indices into the input, are among its hidden states."""
-        if self._tokens is None:
-            return tokens
-        present = self._tokens[sample]
-        holes = self.rows.shape[1] - len(present)
-        return torch.searchsorted(present, tokens) + holes
-
-    def narrow(self, tokens: list[Tensor]) -> Tensor:
-        """Go on with some tokens only.
-
-        Args:
-            tokens: For each sample the indices `[K]` into the input that go on, increasing.
-
-        Returns:
-            `[B, Q']`, where each new hidden state is among the present ones; -1 for holes.
-        """
-        gather = pad_left([self.locate(b, kept) for b, kept in enumerate(tokens)])
-        self.source = pad_left(tokens)
-        self.rows = torch.where(self.source >= 0, self.source + self.past, -1)
-        self.holes = len({len(kept) for kept in tokens}) > 1
-        self._tokens = tokens
-        return gather
-
-
-@dataclass
-class Sample:
-    """The state of one row of the batch.
-
-    Attributes:
-        number: The row.
-        layout: Its `P` media tokens, on the model's device.
-        alive: `[N]` rows of `layout` that are still there, increasing.
-        text: `[T]` indices into the input of everything else but padding.
-        encoder_map: Returns a map aligned to `layout`, `[P]`.
-        memory: What stages keep for later ones, by method name.
-    """
-
-    number: int
-    layout: TokenLayout
-    alive: Tensor
-    text: Tensor
-    encoder_map: Callable[[str], Tensor]
-    memory: dict[str, Any] = field(default_factory=dict)
-    modalities: frozenset[int] = frozenset()
-
-    def candidates(self, stage: Stage) -> Tensor:
-        """Rows of `layout` that the stage may look at."""
-        wanted = {MODALITIES[name] for name in stage.modalities}
-        if self.modalities <= wanted:
-            return self.alive
-        modality = self.layout.modality[self.alive]
-        return self.alive[torch.isin(modality, modality.new_tensor(sorted(wanted)))]
+__all__ = ["Prefill"]
 
 
 class Prefill:
     """Runs the stages of a recipe on one prompt.
+
+    Args:
+        adapter: Of the model.
+        prompt: The prompt.
+        real: `[B, S]` bool, False at padding; None if there is none.
+        past: Logical length before it.
 
     Attributes:
         call: The record that goes into the report.
         samples: One for each row of the batch.
     """
 
-    def __init__(
-        self,
-        adapter: Adapter,
-        shape: ModelShape,
-        input_ids: Tensor,
-        media: list[MediaCall],
-        prompt: dict[str, Any],
-        real: Tensor | None,
-        past: int,
-        frame_seconds: Sequence[Tensor] | None = None,
-    ) -> None:
-        self._shape = shape
+    def __init__(self, adapter: Adapter, prompt: Prompt, real: Tensor | None, past: int) -> None:
+        self._shape = shape = adapter.shape
         self._past = past
-        laid_out = adapter.layouts(input_ids, media, prompt, past, frame_seconds)
+        ids, calls, times = prompt.input_ids, prompt.calls, prompt.frame_seconds
+        laid_out = adapter.layouts(ids, calls, prompt.arguments, past, times)
         self.call = Call(layouts=[layout for layout, _ in laid_out], length=0)
-        maps = _Maps(adapter, media)
-        device, length = input_ids.device, input_ids.shape[1]
+        maps = EncoderMaps(adapter, calls)
+        device, length = ids.device, ids.shape[1]
         real = None if real is None else real.cpu()
         self.samples = []
         for number, (layout, items) in enumerate(laid_out):
@@ -146,6 +66,16 @@ class Prefill:
                 )
             )
         self.entries = torch.zeros(len(self.samples), shape.layers, shape.kv_heads, dtype=torch.int)
+
+    @property
+    def alive(self) -> list[Tensor]:
+        """For each sample the rows of its layout that are still there."""
+        return [sample.alive for sample in self.samples]
+
+    def has_changed(self, before: list[Tensor]) -> bool:
+        """Whether fewer are alive than before in any sample."""
+        pairs = zip(before, self.samples, strict=True)
+        return any(len(old) != len(sample.alive) for old, sample in pairs)
 
     # -- hidden states
 
@@ -215,7 +145,6 @@ class Prefill:
 
     def leave_window(self, number: int, layer: PrunedLayer) -> None:
         """Note how many media tokens a layer with a sliding window still stores."""
-        assert layer.index is not None
         for sample in self.samples:
             stored = torch.isin(sample.layout.position, layer.index[sample.number, 0])
             self.entries[sample.number, number] = int(stored.sum())
@@ -275,7 +204,9 @@ class Prefill:
             if stage.counts(layout) == rows.shape[1]:
                 self._record(stage, sample, rows, rows, None, layer=number)
                 continue
-            context = _StoredEntries(self, sample, number, layer, flight, attention, rows)
+            context = StoredEntries(
+                self._shape, self._past, sample, number, layer, flight, attention, rows
+            )
             selection = stage.select(context)
             _check(stage, selection, layout, heads)
             if selection.index.shape[-1] == rows.shape[1]:
@@ -298,7 +229,7 @@ class Prefill:
     ) -> Tensor:
         """The columns `[H, K]` of a layer's cache that one sample keeps."""
         device = sample.alive.device
-        media = _columns_of(sample, sample.alive, flight, stored, self._past)
+        media = columns_of(sample, sample.alive, flight, stored, self._past)
         other = torch.ones(stored, dtype=torch.bool, device=device).index_fill_(0, media, False)
         fresh = flight.rows.shape[1]
         absent = fresh - len(sample.text) - len(sample.alive)  # holes and padding of this forward
@@ -308,13 +239,12 @@ class Prefill:
             other[stored - fresh :] &= real
         count = stored - fresh + len(sample.text)
         if layer.holes and stored > fresh:
-            assert layer.index is not None
             valid = layer.index[sample.number, 0] >= 0
             other &= valid
             count = int(other.sum())
         other = other.to(torch.uint8).argsort(stable=True)[stored - count :]
         rows = sample.alive[None] if kept is None else kept
-        columns = _columns_of(sample, rows, flight, stored, self._past)
+        columns = columns_of(sample, rows, flight, stored, self._past)
         columns = torch.cat([other.expand(len(columns), -1), columns], dim=-1).sort(dim=-1).values
         return columns.expand(heads, -1)
 
@@ -339,99 +269,6 @@ class Prefill:
                 merge=_translate(merge, position),
             )
         )
-
-
-def _columns_of(sample: Sample, rows: Tensor, flight: Flight, stored: int, past: int) -> Tensor:
-    """The cache columns of rows of a layout: what is in flight was stored last."""
-    position = sample.layout.position[rows] - past
-    located = flight.locate(sample.number, position.flatten()).view(position.shape)
-    return located + stored - flight.rows.shape[1]
-
-
-class _StoredEntries(CacheContext):
-    """A cache context that gathers keys and values only if a stage asks for them."""
-
-    def __init__(
-        self,
-        prefill: Prefill,
-        sample: Sample,
-        number: int,
-        layer: PrunedLayer,
-        flight: Flight,
-        attention: Tensor | None,
-        rows: Tensor,
-    ) -> None:
-        self.layer = number
-        self.layout = sample.layout
-        self.rows = rows
-        self.shape = prefill._shape
-        self.memory = sample.memory
-        stored = layer.keys.shape[2]
-        self._columns = _columns_of(sample, rows, flight, stored, prefill._past)
-        self._stored = layer.keys[sample.number], layer.values[sample.number]
-        if attention is None:
-            self.attention = None
-        else:
-            share = attention.shape[1] // len(rows)
-            columns = self._columns.repeat_interleave(share, dim=0)
-            rows_of_heads = attention[sample.number].gather(1, columns.to(attention.device))
-            self.attention = rows_of_heads.to(columns.device)
-
-    @cached_property
-    def keys(self) -> Tensor:  # type: ignore[override]  # a field of the base, gathered late here
-        return self._gather(self._stored[0])
-
-    @cached_property
-    def values(self) -> Tensor:  # type: ignore[override]
-        return self._gather(self._stored[1])
-
-    def _gather(self, stored: Tensor) -> Tensor:
-        columns = self._columns[..., None].to(stored.device)
-        gathered = stored.gather(1, columns.expand(-1, -1, stored.shape[-1]))
-        return gathered.to(self._columns.device)
-
-
-class _Maps:
-    """Encoder maps, aligned once for each encoder call."""
-
-    def __init__(self, adapter: Adapter, media: list[MediaCall]) -> None:
-        self._adapter = adapter
-        self._media = media
-        self._aligned: dict[tuple[str, int], list[Tensor]] = {}
-
-    def of(
-        self, layout: TokenLayout, items: list[tuple[int, int]], device: torch.device
-    ) -> Callable[[str], Tensor]:
-        done: dict[str, Tensor] = {}
-
-        def encoder_map(name: str) -> Tensor:
-            if name not in done:
-                done[name] = self._assemble(name, layout, items, device)
-            return done[name]
-
-        return encoder_map
-
-    def _assemble(
-        self, name: str, layout: TokenLayout, items: list[tuple[int, int]], device: torch.device
-    ) -> Tensor:
-        full = torch.full((len(layout),), torch.nan, device=device)
-        for number, (call, index) in enumerate(items):
-            if self._adapter.tower(self._media[call].modality) is None:
-                continue
-            rows = (layout.item == number).nonzero()[:, 0]
-            full[rows.to(device)] = self._align(name, call)[index].to(device, torch.float32)
-        return full
-
-    def _align(self, name: str, number: int) -> list[Tensor]:
-        if (name, number) not in self._aligned:
-            call = self._media[number]
-            if name not in call.maps:
-                raise UnsupportedModelError(
-                    f"{name} reads the encoder's attention, but the {call.modality} features came "
-                    "without running the encoder here; give pixels, inside `with prune(...)`"
-                )
-            self._aligned[name, number] = self._adapter.align(call, call.maps[name])
-        return self._aligned[name, number]
 
 
 def _translate(merge: Merge | None, names: Tensor) -> Merge | None:

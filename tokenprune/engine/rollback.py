@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from tokenprune.engine.cache import Clock, PrunedLayer, adopt, new_cache
+from tokenprune.engine.cache import PrunedLayer, SequenceClock, adopt, new_cache
 
 __all__ = ["Bookmark", "cache_from_state", "cache_state"]
 
@@ -29,7 +29,7 @@ class Bookmark:
 
     def __init__(self, cache: Cache, *, margin: int = 0, whole: bool = False) -> None:
         self._cache = cache
-        self._clock: Clock = cache.layers[0].clock
+        self._clock: SequenceClock = cache.layers[0].clock
         self._end, self._shift = self._clock.end, self._clock.shift
         self._layers = [_LayerBookmark(layer, margin, whole) for layer in cache.layers]
 

@@ -1,7 +1,7 @@
 """A prefill run on tokens without content: what a recipe leaves, as far as that is fixed before.
 
-The bookkeeping is the engine's own (`Prefill`, and layers of a pruned cache), so counts cannot
-drift from it. Only stages are replaced: one that looks at nothing but the layout decides as it
+The order of events and the bookkeeping are the engine's own (`Forward`), so counts cannot drift
+from it. Only stages are replaced: one that looks at nothing but the layout decides as it
 will; for any other, tokens stand in that are as many as it is going to keep.
 """
 
@@ -21,11 +21,11 @@ from tokenprune.core.context import CacheContext, Context
 from tokenprune.core.layout import TokenLayout
 from tokenprune.core.selection import Selection
 from tokenprune.core.selectors import allocate, uniform_per_group
-from tokenprune.core.site import Cache as CacheSite
-from tokenprune.core.site import Input, Layer
 from tokenprune.core.stage import Stage
-from tokenprune.engine.cache import adopt, cache_bytes, full_cache_bytes, new_cache
-from tokenprune.engine.prefill import Flight, Prefill
+from tokenprune.engine.cache import adopt, new_cache
+from tokenprune.engine.forward import Forward
+from tokenprune.engine.prompt import Prompt as MediaPrompt
+from tokenprune.engine.schedule import Schedule
 from tokenprune.report.report import Call
 
 __all__ = ["Forecast", "Prompt", "forecast", "forecast_all"]
@@ -137,60 +137,40 @@ def forecast_all(prompts: Sequence[Prompt], stages: Sequence[Stage]) -> list[For
 
 def _forecast(prompt: Prompt, stages: Sequence[Stage], stored: Cache) -> Forecast:
     adapter, ids = prompt.adapter, prompt.inputs["input_ids"]
-    shape, length = adapter.shape, ids.shape[1]
+    length = ids.shape[1]
     known = _Known()
     blind: list[Any] = [_BlindStage(stage, known) for stage in stages]
     if prompt.takes_back:
         stored.crop(-prompt.takes_back)
-    clock = adopt(stored, shape.layers)
-    flight = Flight(1, clock.end, length, ids.device)
     earlier = [_indices(layer) for layer in stored.layers]
-    clock.end += length
-    clock.rows, times = flight.rows, prompt.frame_seconds
-    prefill = Prefill(adapter, shape, ids, prompt.calls, prompt.inputs, None, flight.past, times)
+    forward = Forward(Schedule(adapter, blind), stored, 1, length, ids.device)
     hidden = torch.zeros(1, length, 0)
-    for stage in blind:
-        if isinstance(stage.site, Input):
-            prefill.prune(stage, hidden, flight)
+    media = MediaPrompt(ids, prompt.calls, prompt.inputs, prompt.frame_seconds)
+    forward.begin({"inputs_embeds": hidden}, media)
     rows = []
     for number, layer in enumerate(stored.layers):
-        for stage in blind:
-            if stage.site == Layer(number):
-                prefill.prune(stage, hidden, flight)
-        flight.narrow(prefill.tokens())
-        clock.rows = flight.rows
-        hidden = hidden[:, : flight.rows.shape[1]]
-        rows.append(flight.rows[0])
-        prefill.enter_layer(number)
+        narrowed = forward.enter_layer(number, hidden)
+        hidden = hidden if narrowed is None else narrowed
+        rows.append(forward.flight.rows[0])
         # One byte for each key and each value: what is really stored is counted, then scaled.
-        entries = torch.zeros(1, shape.kv_heads, len(rows[-1]), 1, dtype=torch.uint8)
+        entries = torch.zeros(1, adapter.shape.kv_heads, len(rows[-1]), 1, dtype=torch.uint8)
         layer.update(entries, entries)
-        acting = [stage for stage in blind if _acts_at_cache(stage.site, number)]
-        if acting and layer.window is None:
-            here = known.left
-            kept = prefill.prune_cache(acting, number, layer, flight, None)
-            known.left = here  # the next layer's cache starts from the same tokens
-            if kept is not None:
-                layer.select(kept[0])
-        if layer.evict():
-            prefill.leave_window(number, layer)
-    call = prefill.call
-    width = shape.head_width * adapter.model.dtype.itemsize
-    call.length, call.media_entries = clock.end, prefill.entries
-    call.kv_bytes_before = full_cache_bytes(stored) * width
-    call.kv_bytes_after = cache_bytes(stored) * width
-    clock.stop()
+        here = known.left
+        forward.after_attention(number, layer)
+        known.left = here  # the next layer's cache starts from the same tokens
+    call = forward.finish()
+    assert call is not None
+    forward.clock.stop()
+    width = adapter.shape.head_width * adapter.model.dtype.itemsize
+    call.kv_bytes_before *= width
+    call.kv_bytes_after *= width
     means, exact = [one.mean for one in blind], [one.exact for one in blind]
     return Forecast(call, rows, earlier, means, exact)
 
 
 def _indices(layer: Any) -> Tensor:
     """Logical indices `[E]` of the keys of a layer; heads hold equally many."""
-    return torch.zeros(0, dtype=torch.int64) if layer.index is None else layer.index[0, 0]
-
-
-def _acts_at_cache(site: object, layer: int) -> bool:
-    return isinstance(site, CacheSite) and (site.layers is None or layer in site.layers)
+    return layer.index[0, 0]
 
 
 @dataclass

@@ -158,7 +158,7 @@ def plan(
 
 def _acting(patch: Patch) -> list[Stage]:
     """The stages that leave fewer tokens. The patch has checked them, and is never entered."""
-    return [stage for stage in patch.stages if not isinstance(stage, EncoderStage)]
+    return [stage for stage in patch.schedule.stages if not isinstance(stage, EncoderStage)]
 
 
 def _plan(

@@ -12,6 +12,7 @@ from tokenprune.engine.patch import Patch
 from tokenprune.engine.rollback import Bookmark
 from tokenprune.errors import TokenPruneError
 from tokenprune.models.loading import LoadedModel
+from tokenprune.report.report import Report
 from tokenprune.session.positions import prompt_positions
 from tokenprune.session.script import Tokens
 from tokenprune.session.watched import Watched
@@ -22,7 +23,12 @@ _RESERVED = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", *CA
 
 
 def generate_from(
-    watched: Watched, prompt: Tokens, loaded: LoadedModel, patch: Patch, settings: dict[str, Any]
+    watched: Watched,
+    prompt: Tokens,
+    loaded: LoadedModel,
+    patch: Patch,
+    report: Report,
+    settings: dict[str, Any],
 ) -> Any:
     """What the model's `generate` returns for a prompt that goes on from what was watched.
 
@@ -30,7 +36,8 @@ def generate_from(
         watched: Its cache is as before when this returns, or fails.
         prompt: All of it, what was watched included.
         loaded: The model that watched.
-        patch: Of the session; entered for the time of the call.
+        patch: Of the session; its hooks are there for the time of the call.
+        report: Is filled as the model runs.
         settings: Of `generate`.
 
     Returns:
@@ -53,7 +60,7 @@ def generate_from(
     try:
         if rows > 1:  # `generate` repeats its inputs, but not a cache that it is given
             cache.batch_repeat_interleave(rows)
-        with torch.no_grad(), patch:
+        with torch.no_grad(), patch.run(report):
             output: Any = model.generate(
                 input_ids=prompt.ids,
                 attention_mask=torch.ones_like(prompt.ids),

@@ -83,8 +83,8 @@ class Session:
         check_session(self.recipe)
         check_watches(self._loaded)
         self._patch = Patch(model, self.recipe, "original")
-        self._report = self._patch.report  # during a question the patch fills another
-        self._watcher = Watcher(self._loaded, self._patch, group)
+        self._report = Report(str(self.recipe))
+        self._watcher = Watcher(self._loaded, self._patch, self._report, group)
         self._closed = False
         self._turn = Turn()
 
@@ -217,14 +217,11 @@ class Session:
         if max_new_tokens < 1:
             raise TokenPruneError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         watched, prompt = self._prompt(question)
-        report = self._patch.report = Report(str(self.recipe))
+        report = Report(str(self.recipe))
         report.calls.extend(self._report.calls)
         settings = {"do_sample": False, **settings}
         settings |= {"max_new_tokens": max_new_tokens, "streamer": streamer}
-        try:
-            output = generate_from(watched, prompt, self._loaded, self._patch, settings)
-        finally:
-            self._patch.report = self._report
+        output = generate_from(watched, prompt, self._loaded, self._patch, report, settings)
         return Answer(
             answer=answer_words(output, prompt, self._loaded),
             media_tokens=self.media_tokens,
@@ -256,7 +253,7 @@ class Session:
             TokenPruneError: As `ask`; or a setting is the session's own.
         """
         watched, prompt = self._prompt(question)
-        return generate_from(watched, prompt, self._loaded, self._patch, settings)
+        return generate_from(watched, prompt, self._loaded, self._patch, self._report, settings)
 
     def _watched(self, what: str) -> Watched:
         """What was watched, with all frames prefilled that waited."""

@@ -16,10 +16,12 @@ from torchvision.transforms.v2 import functional
 from tokenprune.engine.cache import CACHE_NAME, cache_bytes, full_cache_bytes
 from tokenprune.engine.patch import Patch
 from tokenprune.engine.rollback import Bookmark
+from tokenprune.engine.run import Given
 from tokenprune.errors import MediaError, UnsupportedModelError
 from tokenprune.media import stream_video
 from tokenprune.media.decode.pool import WorkerKind
 from tokenprune.models.loading import LoadedModel, frame_size
+from tokenprune.report.report import Report
 from tokenprune.report.timing import Clock
 from tokenprune.session.checks import check_group
 from tokenprune.session.positions import check_positions, prompt_positions
@@ -34,7 +36,8 @@ class Watcher:
 
     Args:
         loaded: The model and its processor.
-        patch: What prunes; entered for each group.
+        patch: What prunes; its hooks are in the model for each group.
+        report: Is filled with each group.
         group: Frames of a group.
 
     Attributes:
@@ -43,10 +46,11 @@ class Watcher:
         watched: What was watched so far; None before the first frames.
     """
 
-    def __init__(self, loaded: LoadedModel, patch: Patch, group: int) -> None:
+    def __init__(self, loaded: LoadedModel, patch: Patch, report: Report, group: int) -> None:
         check_group(group, loaded)
         self._loaded = loaded
         self._patch = patch
+        self._report = report
         self.group = group
         self.clock = Clock(patch.adapter.language_model)
         self.watched: Watched | None = None
@@ -222,13 +226,13 @@ class Watcher:
         so_far = watched.prompt.first(len(watched.prompt) - end_tokens)
         prompt = new if opening else so_far.then(new)
         mark = None if opening else Bookmark(watched.cache, margin=end_tokens)
-        report = self._patch.report
+        report = self._report
         calls = len(report.calls)
-        self._patch.frame_seconds = self._loaded.frame_seconds(group)
+        given = Given(self._loaded.frame_seconds(group))
         try:
             if end_tokens:
                 watched.cache.crop(-end_tokens)
-            self._forward(watched, prompt, new)
+            self._forward(watched, prompt, new, given)
             self._check_end_tokens(len(prompt) - watched.script.end_tokens)
         except BaseException:
             del report.calls[calls:]
@@ -254,7 +258,7 @@ class Watcher:
             began: When the processor began to work on it, by `time.perf_counter`.
             processed: When the processor was done.
         """
-        report, timings, host = self._patch.report, group.timings, self.clock.of_host
+        report, timings, host = self._report, group.timings, self.clock.of_host
         seconds, cache = report.seconds, watched.cache
         return WatchedGroup(
             first_frame=sum(one.frames for one in watched.groups),
@@ -274,13 +278,14 @@ class Watcher:
             },
         )
 
-    def _forward(self, watched: Watched, prompt: Tokens, new: Tokens) -> None:
+    def _forward(self, watched: Watched, prompt: Tokens, new: Tokens, given: Given) -> None:
         """Append tokens to the cache.
 
         Args:
             watched: Whose cache it is.
             prompt: All tokens up to and with the new ones.
             new: Those that are not in the cache yet.
+            given: What the model is not told of them.
         """
         model: Any = self._loaded.model
         # The logits of a group are of no use.
@@ -291,7 +296,7 @@ class Watcher:
         types = new.types | {
             name: prompt.types[name] for name in ("token_type_ids",) if name in prompt.types
         }
-        with torch.no_grad(), self._patch:
+        with torch.no_grad(), self._patch.run(self._report, given):
             model(
                 input_ids=new.ids,
                 position_ids=positions[..., len(prompt) - len(new) : len(prompt)],
@@ -303,7 +308,7 @@ class Watcher:
             )
 
     def _check_end_tokens(self, end: int) -> None:
-        position = self._patch.report.last.layouts[0].position
+        position = self._report.last.layouts[0].position
         if len(position) and int(position[-1]) >= end:
             raise UnsupportedModelError(
                 f"{self._loaded.name} ends a video in tokens that stand for frames, so its frames "
@@ -315,7 +320,7 @@ class Watcher:
         seconds = 0.0
         if self._patch.adapter.seconds_name in watched.prompt.media:  # from the group's start
             seconds = sum(one.frames for one in watched.groups) / watched.script.pace.sampled_fps
-        call = self._patch.report.last
+        call = self._report.last
         (layout,) = call.layouts
         items, canvases, frames = watched.counted
         clip = layout.frame >= 0

@@ -1,0 +1,267 @@
+"""One `with prune(...)`: what the hooks of a model call while it runs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.masking_utils import causal_mask_function
+
+from tokenprune.engine.cache import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    PrunedLayer,
+    cache_among,
+    check_cache,
+    new_cache,
+)
+from tokenprune.engine.encoders import EncoderCalls
+from tokenprune.engine.flight import Flight
+from tokenprune.engine.forward import Forward
+from tokenprune.engine.masks import (
+    LazyMask,
+    attention_row,
+    base_attention,
+    last_query_mask,
+    mask_for_kernel,
+)
+from tokenprune.engine.prompt import Prompt
+from tokenprune.engine.schedule import Schedule
+from tokenprune.errors import UnsupportedModelError
+from tokenprune.report.report import Report
+from tokenprune.report.timing import Mark
+
+__all__ = ["Given", "Run"]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the caller knows and the model is not told.
+
+    Attributes:
+        frame_seconds: For each clip `[F]` float64, when its frames are shown; None if not known.
+    """
+
+    frame_seconds: list[Tensor] | None = None
+
+
+class Run:
+    """What lives from the beginning of a `with prune(...)` to its end.
+
+    Args:
+        schedule: Which stages act where.
+        report: Is filled as the model runs.
+        given: What the caller knows.
+
+    Attributes:
+        report: As given.
+        encoders: The encoder calls of the prompt at hand.
+        forward: The call of the language model in progress; None between calls.
+    """
+
+    def __init__(self, schedule: Schedule, report: Report, given: Given) -> None:
+        adapter = schedule.adapter
+        self._schedule = schedule
+        self._given = given
+        self._lm = adapter.language_model
+        self._signature = inspect.signature(self._lm.forward)
+        self._config: Any = self._lm.config
+        self._kernel = str(self._config._attn_implementation)
+        self._prompt: dict[str, Any] = {}
+        self._started: Mark | None = None
+        self.report = report
+        self.encoders = EncoderCalls(schedule, report)
+        self.forward: Forward | None = None
+
+    # -- before the language model
+
+    def check_prepared(self, prepare: Any) -> Any:
+        """`generate` makes masks for caches of fixed size before it calls the model: look first."""
+
+        @functools.wraps(prepare)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            cache = cache_among(kwargs)
+            if cache is not None:
+                check_cache(cache)
+            return prepare(*args, **kwargs)
+
+        return checked
+
+    def on_prompt(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """The base model is called."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self._prompt = {**kwargs, "input_ids": ids}
+        self.encoders.on_prompt(self._prompt)
+
+    # -- the language model: logical view in
+
+    def before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The language model is called."""
+        # (Binding is not for compilers.)
+        named = self._signature.bind_partial(*args).arguments if args else {}
+        kwargs = {**named, **kwargs}
+        cache = self._cache_of(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        kwargs[CACHE_NAME] = cache
+        hidden = kwargs.get("inputs_embeds")
+        if hidden is None:
+            if cache is not None:
+                check_cache(cache)  # before the media are encoded, which embedding may do
+            hidden = kwargs["inputs_embeds"] = self._schedule.adapter.embed(kwargs)
+        batch, length = hidden.shape[:2]
+        acts = self._schedule.stages or self._schedule.compact
+        if cache is None and acts and kwargs.get("attention_mask") is None:
+            # Without cache and mask transformers takes gaps in positions for packed sequences.
+            kwargs["attention_mask"] = hidden.new_ones(batch, length, dtype=torch.int64)
+        self.forward = None
+        self.forward = Forward(self._schedule, cache, batch, length, hidden.device)
+        self._started = Mark(self._lm)
+        self.forward.begin(kwargs, self._media_prompt(length, hidden.device))
+        return (), kwargs
+
+    def _cache_of(self, kwargs: dict[str, Any]) -> Cache | None:
+        """The cache that the language model is given, or would make for itself."""
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(self._config, "use_cache", True)
+        cache = cache_among(kwargs)
+        return new_cache(self._config) if cache is None and use_cache else cache
+
+    def _media_prompt(self, length: int, device: torch.device) -> Prompt | None:
+        """The prompt that this forward of the language model brings, if it holds media tokens."""
+        ids = self._prompt.get("input_ids")
+        if length == 1:
+            return None
+        if ids is None:
+            raise UnsupportedModelError(
+                "pruning needs input_ids to find media tokens, got inputs_embeds only; "
+                "pass input_ids and pixels or sound"
+            )
+        present = torch.zeros((), dtype=torch.bool, device=ids.device)
+        for token in self._schedule.adapter.token_ids().values():
+            present = present | (ids == token).any()
+        if not bool(present):
+            return None
+        if ids.shape[1] != length:
+            raise UnsupportedModelError(
+                f"the prompt has {ids.shape[1]} tokens, but the language model was given {length}: "
+                "the model expands placeholders itself; use the processor that expands them"
+            )
+        calls = self.encoders.take()
+        return Prompt(ids.to(device), calls, self._prompt, self._given.frame_seconds)
+
+    def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The language model returned, or failed."""
+        forward, started = self.forward, self._started
+        if forward is None or started is None:
+            return
+        if output is not None:  # None: the forward failed
+            finished = Mark(self._lm)
+            call = forward.finish()
+            if call is not None:
+                self.report.prefill(call, started, finished)
+            # Counting steps would compile each of them anew, and a graph knows no time.
+            elif not torch.compiler.is_compiling():
+                self.report.step(started, finished)
+        forward.clock.stop()
+        self.forward = None
+
+    # -- decoder layers: physical inside
+
+    def before_layer(self, number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A decoder layer is called."""
+        forward = self.forward
+        if forward is None:  # on its own
+            return None
+        hidden = forward.enter_layer(number, args[0] if args else kwargs["hidden_states"])
+        if hidden is not None and args:
+            args = (hidden, *args[1:])
+        elif hidden is not None:
+            kwargs = {**kwargs, "hidden_states": hidden}
+        return forward.cut_arguments(args, kwargs)
+
+    def after_layer(self, number: int, module: nn.Module, args: Any, output: Any) -> Any:
+        """A decoder layer returned."""
+        if self.forward is None:
+            return None
+        several = isinstance(output, tuple)
+        hidden = self.forward.leave_layer(number, output[0] if several else output)
+        return (hidden, *output[1:]) if several and hidden is not None else hidden
+
+    def mask(
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int = 0,
+        kv_offset: int = 0,
+        mask_function: Any = causal_mask_function,
+        attention_mask: Tensor | None = None,
+        local_size: int | None = None,
+        **kwargs: Any,
+    ) -> LazyMask:
+        """What the model gets when it asks for the mask of its attention."""
+        # A window that holds all there is changes nothing, and plain causal masks are fastest.
+        # Either flag says that there is more to the function (images that see ahead).
+        plain = kwargs.get("allow_is_causal_skip", True) and not kwargs.get("use_vmap")
+        if local_size is not None and int(kv_length) < local_size and plain:
+            mask_function = causal_mask_function
+        return LazyMask(mask_function, attention_mask)
+
+    def attend(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention of a decoder layer, by the model's own kernel.
+
+        Args:
+            module: The attention module.
+            query: `[B, heads, Q, d]`.
+            key: `[B, H, S, d]`, what the cache gave.
+            value: `[B, H, S, d]`.
+            attention_mask: What the model made of `mask`.
+            kwargs: What else the kernel takes.
+        """
+        forward = self.forward
+        if forward is None:  # the decoder layer was called on its own
+            attend = base_attention(self._kernel, module)
+            return attend(module, query, key, value, attention_mask, **kwargs)
+        flight, layer = forward.flight, forward.layer(module.layer_idx)
+        keys = flight.rows[:, None] if layer is None else layer.shown
+        holes = flight.holes if layer is None else layer.holes
+        name, mask = mask_for_kernel(attention_mask, self._kernel, query, flight.rows, keys, holes)
+        self.report.kernel(self._kernel, name)
+        # Positions with gaps look like packed sequences to flash kernels.
+        kwargs.pop("position_ids", None)
+        output = base_attention(name, module)(module, query, key, value, mask, **kwargs)
+        if layer is not None:
+            row = None
+            if forward.prefill is not None:
+                row = functools.partial(_last_row, query, attention_mask, layer, flight, kwargs)
+            forward.after_attention(module.layer_idx, layer, row)
+        return output
+
+    def hook_layer(self, number: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """What is called before and after a decoder layer."""
+        before = functools.partial(self.before_layer, number)
+        return before, functools.partial(self.after_layer, number)
+
+
+def _last_row(
+    query: Tensor, mask: Any, layer: PrunedLayer, flight: Flight, kwargs: dict[str, Any]
+) -> Tensor:
+    """The attention `[B, heads, S]` of the last query to all that a layer stores."""
+    visible = last_query_mask(mask, flight.rows, layer.index)
+    scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
+    return attention_row(query[:, :, -1:], layer.keys, scaling, visible, softcap)

@@ -1,0 +1,133 @@
+"""Reading the attention of a vision tower while it runs, without ever storing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from tokenprune.core.context import EncoderView
+
+__all__ = ["AttentionTap", "StreamedView", "split_views"]
+
+_BLOCK_ELEMENTS = 1 << 23
+"""Scores of one block of query rows are held at a time: in float32, 32 MiB."""
+
+_BLOCK_ELEMENTS_CPU = 1 << 20
+"""Four times as fast on a processor, whose cache holds the smaller block."""
+
+
+class StreamedView(EncoderView):
+    """Attention of some views, computed from queries and keys in blocks of rows.
+
+    Args:
+        query: `[W, heads, P + Nv, d]`, with `P` leading tokens that are no patches.
+        key: `[W, heads, P + Nv, d]`.
+        scaling: Factor on the scores; None for `d ** -0.5`.
+        prefix_tokens: `P`.
+        padding: `[W, Nv]` bool, True at patches that no other attends to; they attend to nothing
+            that counts. None: there are none.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        scaling: float | None,
+        prefix_tokens: int = 0,
+        padding: Tensor | None = None,
+    ) -> None:
+        self._query = query[:, :, prefix_tokens:]
+        self._key = key
+        self._scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        self._prefix = prefix_tokens
+        self._padding = None if padding is None else padding.to(query.device)
+        self.views, _, self.tokens, _ = self._query.shape
+
+    def received(self) -> Tensor:
+        total = torch.zeros(self.views, self.tokens, device=self._query.device)
+        for view in range(self.views):
+            every = self._query[view : view + 1]
+            if self._padding is not None:
+                every = every[:, :, ~self._padding[view]]
+            for attention in self._blocks(every, view):
+                total[view] += attention[0].sum(dim=0)
+        return total
+
+    def rows(self, queries: Tensor) -> Tensor:
+        index = queries[:, None, :, None].expand(-1, self._query.shape[1], -1, self._query.shape[3])
+        picked = self._query.gather(2, index)  # [W, heads, R, d]
+        return torch.cat(
+            [torch.cat(list(self._blocks(picked[w : w + 1], w)), dim=1) for w in range(self.views)]
+        )
+
+    def _blocks(self, query: Tensor, view: int) -> Iterator[Tensor]:
+        """Attention in a view, averaged over heads, `[1, rows, Nv]` float32, for blocks of rows."""
+        key = self._key[view].transpose(1, 2)  # [heads, d, P + Nv]
+        heads, rows, _ = query.shape[1:]
+        limit = _BLOCK_ELEMENTS_CPU if key.device.type == "cpu" else _BLOCK_ELEMENTS
+        step = max(1, limit // (heads * key.shape[2]))
+        for start in range(0, rows, step):
+            block = query[0, :, start : start + step]
+            # One pass for the product and its scaling: what is added counts for nothing.
+            nothing = key.new_zeros(()).expand(heads, block.shape[1], key.shape[2])
+            scores = torch.baddbmm(nothing, block, key, beta=0, alpha=self._scaling)
+            if self._padding is not None:
+                scores[..., self._prefix :].masked_fill_(self._padding[view], -torch.inf)
+            attention = scores.softmax(dim=-1, dtype=torch.float32).mean(dim=0, keepdim=True)
+            if self._prefix:
+                # A class token takes its share of the softmax, but is no patch to be kept.
+                attention = attention[..., self._prefix :]
+                attention = attention / attention.sum(dim=-1, keepdim=True)
+            yield attention
+
+
+def split_views(
+    query: Tensor, key: Tensor, lengths: list[int] | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Queries and keys of separate views.
+
+    Towers for pictures of one size batch their views; towers for any size put all views into one
+    sequence (whole, where a mask or a kernel keeps them apart) or cut it themselves.
+
+    Args:
+        lengths: Tokens of each view in the sequence; None if it is cut already.
+    """
+    if lengths is None:
+        yield query, key
+        return
+    queries, keys = torch.split(query, lengths, dim=2), torch.split(key, lengths, dim=2)
+    yield from zip(queries, keys, strict=True)
+
+
+class AttentionTap(TorchFunctionMode):
+    """Shows queries and keys of torch's own attention, for towers without a registry of kernels.
+
+    Args:
+        show: Called with queries and keys `[W, heads, P + Nv, d]` and the factor on the scores.
+
+    Attributes:
+        calls: How often it was called.
+    """
+
+    def __init__(self, show: Callable[[Tensor, Tensor, float | None], None]) -> None:
+        super().__init__()
+        self._show = show
+        self.calls = 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is functional.scaled_dot_product_attention:
+            self.calls += 1
+            query, key = (args[n] if len(args) > n else kwargs[name] for n, name in _OPERANDS)
+            self._show(query, key, kwargs.get("scale"))
+        return function(*args, **kwargs)
+
+
+_OPERANDS = (0, "query"), (1, "key")
