@@ -69,9 +69,10 @@ class Run:
         adapter = schedule.adapter
         self._schedule = schedule
         self._given = given
-        self._lm = adapter.language_model
-        self._signature = inspect.signature(self._lm.forward)
-        self._config: Any = self._lm.config
+        language_model: Any = adapter.language_model
+        self._lm: nn.Module = language_model
+        self._config = language_model.config
+        self._signature = inspect.signature(language_model.forward)
         self._kernel = str(self._config._attn_implementation)
         self._prompt: dict[str, Any] = {}
         self._started: Mark | None = None

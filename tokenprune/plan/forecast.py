@@ -170,7 +170,8 @@ def _forecast(prompt: Prompt, stages: Sequence[Stage], stored: Cache) -> Forecas
 
 def _indices(layer: Any) -> Tensor:
     """Logical indices `[E]` of the keys of a layer; heads hold equally many."""
-    return layer.index[0, 0]
+    index: Tensor = layer.index[0, 0]
+    return index
 
 
 @dataclass
