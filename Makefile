@@ -9,22 +9,26 @@ INSTALLED := .venv/installed
 
 VERSIONS ?= 5.4 5.10 5.18 5.24
 
+# Two workers of one thread each: tiny tensors gain nothing from more threads.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
 .PHONY: ask test test-all test-versions test-backends check types setup clean
 
 ask: $(INSTALLED)
 	$(BIN)/python -m tokenprune.demos.first_run out
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not full"
+	$(PYTEST) -m "not full"
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Each release lies in a folder of its own, in front of what .venv has.
 test-versions: $(VERSIONS:%=build/versions/%)
 	@failed=; for version in $(VERSIONS); do \
 		echo "== transformers $$version"; \
-		PYTHONPATH=$(CURDIR)/build/versions/$$version $(BIN)/python -m pytest -m "not full" \
+		PYTHONPATH=$(CURDIR)/build/versions/$$version $(PYTEST) -m "not full" \
 			|| failed="$$failed $$version"; \
 	done; \
 	test -z "$$failed" || { echo "failed on transformers$$failed"; exit 1; }
