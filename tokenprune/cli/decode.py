@@ -27,10 +27,11 @@ def decode_video(
 ) -> None:
     """Decode frames of a video, and write them."""
     from tokenprune.media.index.container import check_file
-    from tokenprune.media.sampling import parse_size
 
     check_file(file)
     check_frames(frames, fps)
+    from tokenprune.media.sampling import parse_size
+
     wanted = None if size is None else parse_size(size)
     from tokenprune.media.reader import VideoReader
     from tokenprune.media.save import decode_to
