@@ -11,7 +11,6 @@ given with the interval that holds the true median with 95 % confidence (from or
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import statistics
 import subprocess
@@ -20,8 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
-from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 from unittest.mock import patch
 
 import torch
@@ -29,80 +27,30 @@ import typer
 from scipy.stats import binom
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    Qwen2Config,
-    SiglipVisionConfig,
-)
 
 from tokenprune.engine.encoders import EncoderCalls
 from tokenprune.engine.patch import prune
+from tokenprune.eval.bench.random_models import SO400M, Model, build, llava_config, llava_inputs
+from tokenprune.eval.bench.stopwatch import PeakMemory, Stopwatch
 from tokenprune.plan.flops import prefill_flops
 
 FRAMES = 31  # of 14 x 14 tokens, and a newline token: 6,077
-TEXT = 32
 DECODED = 16
-VIDEO_TOKEN = 151647
-
-Model: TypeAlias = LlavaOnevisionForConditionalGeneration
 
 
-def build(vision_layers: int) -> Model:
+def make(vision_layers: int) -> Model:
     """The model of the bench, with random weights."""
-    text = Qwen2Config(
-        vocab_size=152000,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        max_position_embeddings=32768,
-        tie_word_embeddings=True,
-    )
-    vision = SiglipVisionConfig(
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_hidden_layers=vision_layers,
-        num_attention_heads=16,
-        image_size=384,
-        patch_size=14,
-        vision_use_head=False,
-    )
-    # Weights are drawn by the model's own rule; how they are spread does not change the time.
-    config = LlavaOnevisionConfig(
-        vision_config=vision,
-        text_config=text,
-        video_token_index=VIDEO_TOKEN,
-        image_token_index=VIDEO_TOKEN - 1,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = LlavaOnevisionForConditionalGeneration(config).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def inputs_of(model: Model, frames: int) -> dict[str, Tensor]:
-    """A prompt with one video of random pixels."""
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randint(5, 1000, (TEXT,), generator=generator)
-    video = torch.full((frames * 196 + 1,), VIDEO_TOKEN)
-    ids = torch.cat([text[:8], video, text[8:]])[None]
-    pixels = torch.rand(1, frames, 3, 384, 384, generator=generator) * 2 - 1
-    found = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values_videos": pixels.to(torch.bfloat16),
+    text = {
+        "vocab_size": 152000,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
     }
-    return {name: value.to(model.device) for name, value in found.items()}
+    config = llava_config(text, {**SO400M, "num_hidden_layers": vision_layers})
+    return build(config, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager
@@ -125,21 +73,6 @@ def encoded_once(model: Model, inputs: dict[str, Tensor]) -> Iterator[None]:
         yield
     finally:
         del model.model.get_video_features
-
-
-class Stopwatch:
-    """A streamer that notes when tokens come; the first call brings the prompt."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        if value.is_cuda:
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 def run(model: Model, inputs: dict[str, Tensor], recipe: str | None, tokens: int) -> dict[str, Any]:
@@ -217,8 +150,8 @@ def main(
     """Run the bench."""
     if threads:
         torch.set_num_threads(threads)
-    model = build(vision_layers)
-    inputs = inputs_of(model, frames)
+    model = make(vision_layers)
+    inputs = llava_inputs(model, frames)
     if peak:
         typer.echo(json.dumps(peak_bytes(model, inputs, None if peak == "plain" else peak)))
         return
@@ -331,24 +264,9 @@ def spawn(recipe: str, frames: int, vision_layers: int, threads: int) -> str:
 
 def peak_bytes(model: Model, inputs: dict[str, Tensor], recipe: str | None) -> int:
     """Peak memory of one answer beyond what was there before it."""
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run(model, inputs, recipe, 2)
-        return int(torch.cuda.max_memory_allocated() - before)
-    gc.collect()
-    # Building the model had a peak of its own: Linux forgets it on this word.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    peak = PeakMemory(model.device)
     run(model, inputs, recipe, 2)
-    return resident("VmHWM") - before
-
-
-def resident(name: str) -> int:
-    """Bytes of this process in memory: now (`VmRSS`), or at its peak (`VmHWM`)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
+    return peak.extra_bytes()
 
 
 if __name__ == "__main__":
