@@ -142,6 +142,7 @@ class Patch:
             shadow(stack, model, "prepare_inputs_for_generation", run.check_prepared)
             repeat = functools.partial(refuse_torn, adapter)
             shadow(stack, model, "_expand_inputs_for_generation", repeat)
+        run.logits.watch(stack)
         before, after = "register_forward_pre_hook", "register_forward_hook"
         add_hook(stack, adapter.base_model, before, run.on_prompt, with_kwargs=True)
         add_hook(stack, language_model, before, run.before_model, with_kwargs=True)

@@ -24,6 +24,7 @@ from tokenprune.engine.cache import (
 from tokenprune.engine.encoders import EncoderCalls
 from tokenprune.engine.flight import Flight
 from tokenprune.engine.forward import Forward
+from tokenprune.engine.labels import LogitRows
 from tokenprune.engine.masks import (
     LazyMask,
     attention_row,
@@ -62,6 +63,7 @@ class Run:
     Attributes:
         report: As given.
         encoders: The encoder calls of the prompt at hand.
+        logits: Which rows the model's logits are.
         forward: The call of the language model in progress; None between calls.
     """
 
@@ -78,6 +80,7 @@ class Run:
         self._started: Mark | None = None
         self.report = report
         self.encoders = EncoderCalls(schedule, report)
+        self.logits = LogitRows(adapter)
         self.forward: Forward | None = None
 
     # -- before the language model
@@ -166,6 +169,7 @@ class Run:
             finished = Mark(self._lm)
             call = forward.finish()
             if call is not None:
+                self.logits.prefilled(forward.flight, call)
                 self.report.prefill(call, started, finished)
             # Counting steps would compile each of them anew, and a graph knows no time.
             elif not torch.compiler.is_compiling():

@@ -13,6 +13,7 @@ from torch import Tensor
 from tokenprune.core.layout import TokenLayout
 from tokenprune.core.selection import Merge
 from tokenprune.core.site import Cache, Site
+from tokenprune.errors import TokenPruneError
 from tokenprune.report.timeline import Span
 from tokenprune.report.timing import Clock, Mark
 
@@ -63,6 +64,8 @@ class Call:
         kv_bytes_before: Bytes that the unpruned cache takes.
         kv_bytes_after: Bytes that the cache takes, measured on its tensors.
         warnings: What the user should know.
+        logit_rows: `[B, Q]` int64, which token of the unpruned sequence each row of the model's
+            logits is of, -1 for holes. The row of token `p` predicts token `p + 1`.
     """
 
     layouts: list[TokenLayout]
@@ -72,6 +75,7 @@ class Call:
     kv_bytes_before: int = 0
     kv_bytes_after: int = 0
     warnings: list[str] = field(default_factory=list)
+    logit_rows: Tensor | None = None
 
     @property
     def media_tokens(self) -> MediaTokens:
@@ -269,6 +273,27 @@ class Report:
             ]
             for name, pairs in marks.items()
         }
+
+    def scatter_logits(self, logits: Tensor, fill: float = math.nan) -> Tensor:
+        """Put the logits of the last prefill that brought media where an unpruned model has them.
+
+        Args:
+            logits: `[B, Q, V]`, as the model returned them.
+            fill: What tokens without logits get.
+
+        Returns:
+            `[B, S, V]`, as large as the logits of an unpruned model.
+        """
+        rows, length = self.last.logit_rows, self.last.length
+        if rows is None or rows.shape != logits.shape[:2]:
+            shape = None if rows is None else tuple(rows.shape)
+            raise TokenPruneError(
+                f"logits must be those of the last prefill, [B, Q, V] for the rows {shape}, "
+                f"got {tuple(logits.shape)}"
+            )
+        where = torch.where(rows < 0, length, rows).to(logits.device)[..., None]
+        out = logits.new_full((len(logits), length + 1, logits.shape[2]), fill)
+        return out.scatter(1, where.expand_as(logits), logits)[:, :-1]  # holes were put last
 
     def overlay(self, frames: Any, *, sample: int = 0, columns: int | None = None) -> Image:
         """A picture of the frames in which dropped tokens are dark.
