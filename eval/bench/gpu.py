@@ -17,6 +17,7 @@ noted with its error, and the rest goes on. `gpu.json` and `gpu.md` are written 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -157,4 +158,5 @@ def main(
 
 
 if __name__ == "__main__":
+    gc.freeze()  # garbage is looked for before each answer, and there is none among modules
     typer.run(main)
