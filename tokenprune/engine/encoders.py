@@ -152,6 +152,7 @@ class EncoderCalls:
         add_hook(stack, tower.block, "register_forward_pre_hook", enter)
         add_hook(stack, tower.block, "register_forward_hook", leave, always_call=True)
 
+    @torch.no_grad()
     def _read(self, tower: Tower, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
         """Let the encoder stages make their maps of one attention, `[W, heads, P + Nv, d]`."""
         call = self._current

@@ -87,7 +87,9 @@ class Forward:
         prefill.call.length = self.clock.end
         hidden, before = kwargs["inputs_embeds"], prefill.alive
         for stage in self._schedule.input:
-            hidden = self._merge(hidden, prefill.prune(stage, hidden, self.flight))
+            with torch.no_grad():  # what is decided, weights included, is constant to gradients
+                merges = prefill.prune(stage, hidden, self.flight)
+            hidden = self._merge(hidden, merges)
         kwargs["inputs_embeds"] = hidden
         # Rows leave where the first layer begins: the model's own code before it sees all of them.
         self._narrows_at_once = prefill.has_changed(before)
@@ -108,7 +110,8 @@ class Forward:
             return None
         before = prefill.alive
         for stage in self._schedule.layer.get(number, ()):
-            prefill.prune(stage, hidden, self.flight)
+            with torch.no_grad():
+                prefill.prune(stage, hidden, self.flight)
         prefill.enter_layer(number)
         if not prefill.has_changed(before) and not (number == 0 and self._narrows_at_once):
             return None
@@ -255,8 +258,9 @@ class Forward:
                 prefill.call.warnings.append(warning)
             return
         wanted = any("attention_rows" in stage.needs for stage in stages)
-        row = last_row() if wanted and last_row is not None else None
-        kept = prefill.prune_cache(stages, number, layer, self.flight, row)
+        with torch.no_grad():
+            row = last_row() if wanted and last_row is not None else None
+            kept = prefill.prune_cache(stages, number, layer, self.flight, row)
         if kept is not None:
             layer.select(kept[0])
             layer.holes = kept[1]
