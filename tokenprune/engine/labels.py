@@ -85,6 +85,8 @@ class LogitRows:
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], *, take_labels: bool
     ) -> Any:
         """The model is called. Labels are taken out if its forward computes the loss itself."""
+        if self._decoder.training:
+            _check_layers(self._decoder)
         if args:
             kwargs = {**self._signature.bind_partial(*args).arguments, **kwargs}
         self._flight = self._taken = None
@@ -163,6 +165,15 @@ def _heads(model: PreTrainedModel, decoder: nn.Module) -> list[PreTrainedModel]:
         and "labels" in inspect.signature(type(module).forward).parameters
         and any(inner is decoder for inner in module.modules())
     ]
+
+
+def _check_layers(decoder: nn.Module) -> None:
+    """Layers that are computed anew in the backward pass would not be given their rows again."""
+    if any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
+        raise UnsupportedModelError(
+            "cannot prune a language model whose layers are checkpointed to save memory in "
+            "training; call model.gradient_checkpointing_disable()"
+        )
 
 
 def _calls_loss_function(model: PreTrainedModel) -> bool:
