@@ -30,9 +30,9 @@ from typing import Annotated
 import torch
 import typer
 
-from tokenprune.eval.bench.gpu_answers import Case, Group, Models, cases, kernels, why
-from tokenprune.eval.bench.gpu_media import decode, overlap
-from tokenprune.eval.bench.gpu_results import Cell, Results, describe, line
+from tokenprune.eval.bench.gpu_answers import Group, kernels, why
+from tokenprune.eval.bench.gpu_models import Case, Models, cases
+from tokenprune.eval.bench.gpu_results import MEDIA, Cell, Results, describe, line
 
 __all__ = ["PARTS", "Bench"]
 
@@ -87,12 +87,8 @@ class Bench:
     def _part(self, part: str, models: Models, until: float) -> str:
         """Run a part; returns what went wrong, if anything."""
         try:
-            if part == "overlap":
-                cells = overlap(models, self.files, min(3, self.rounds), until, self.tiny)
-                self._keep(part, cells, "recipe")
-            elif part == "decode":
-                cells = decode(self.files, min(2, self.rounds), until, self.tiny)
-                self._keep(part, cells, "frames", "workers", "worker_kind")
+            if part in MEDIA:
+                self._media(part, models, until)
             else:
                 self._answers(part, cases(self.tiny)[part], models, until)
         except Exception as error:  # the other parts shall run
@@ -103,6 +99,17 @@ class Bench:
             if cell["part"] == part and not cell.get("error", "out of memory").startswith("out of")
         ]
         return f"{failed[0]['recipe']}: {failed[0]['error']}" if failed else ""
+
+    def _media(self, part: str, models: Models, until: float) -> None:
+        from tokenprune.eval.bench import gpu_media  # without PyAV the other parts run
+
+        if part == "overlap":
+            rounds = min(3, self.rounds)
+            cells = gpu_media.overlap(models, self.files, rounds, until, self.tiny)
+            self._keep(part, cells, "recipe")
+        else:
+            cells = gpu_media.decode(self.files, min(2, self.rounds), until, self.tiny)
+            self._keep(part, cells, "frames", "workers", "worker_kind")
 
     def _keep(self, part: str, cells: Iterator[Cell], *key: str) -> None:
         for cell in cells:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
@@ -18,140 +17,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokenprune import list_methods, prune
-from tokenprune.eval.bench.random_models import (
-    QWEN2_7B,
-    SO400M,
-    Model,
-    Settings,
-    build,
-    llava_config,
-    llava_inputs,
-    qwen_config,
-    qwen_inputs,
-)
+from tokenprune.eval.bench.gpu_models import Case, Models
+from tokenprune.eval.bench.random_models import Model
 from tokenprune.eval.bench.stopwatch import PeakMemory, Stopwatch
 from tokenprune.report.report import Report
 from tokenprune.report.timing import Mark
 
-__all__ = ["Case", "Group", "Line", "Models", "Run", "cases", "kernels", "recipes", "why"]
+__all__ = ["Backends", "Group", "Line", "Run", "answer", "kernels", "recipes", "why"]
 
 NONE = "none"
 BASELINES = ("random", "uniform")
 
-QWEN_TOWER: Settings = {
-    "depth": 32,
-    "hidden_size": 1280,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "window_size": 112,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-}
-TINY_TEXT: Settings = {
-    "vocab_size": 200,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-TINY_SIGLIP: Settings = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 56,
-    "patch_size": 14,
-}
-TINY_TOWER: Settings = {
-    "depth": 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_heads": 2,
-    "window_size": 56,
-    "fullatt_block_indexes": [1],
-}
-
 PAPERS = {("vflowopt", "llava-onevision-7b"): 'vflowopt(keep=0.1 strategy="llava-onevision-7b")'}
 """Settings that a paper has for one model; the defaults of methods are those for all others."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model, and the length of its prompts.
-
-    Attributes:
-        model: What the model is called.
-        build: Makes it on a device.
-        inputs: Makes a prompt.
-    """
-
-    model: str
-    build: Callable[[torch.device], Model]
-    inputs: Callable[[Model], dict[str, Tensor]]
-
-
-def cases(tiny: bool) -> dict[str, Case]:
-    """What is measured, by the name of its part; tiny models take no time on a processor."""
-    text = TINY_TEXT if tiny else QWEN2_7B
-    siglip, tower = (TINY_SIGLIP, TINY_TOWER) if tiny else (SO400M, QWEN_TOWER)
-    size = "tiny" if tiny else "7b"
-
-    def llava(frames: int) -> Case:
-        return Case(
-            f"llava-onevision-{size}",
-            lambda device: build(llava_config(text, siglip), device),
-            lambda model: llava_inputs(model, frames),
-        )
-
-    def qwen(frames: int) -> Case:
-        return Case(
-            f"qwen2.5-vl-{size}",
-            lambda device: build(
-                qwen_config({**text, "max_position_embeddings": 128000}, tower), device
-            ),
-            lambda model: qwen_inputs(model, frames, side=8 if tiny else 32),
-        )
-
-    # A frame is 196 tokens of LLaVA-OneVision, and a pair of pictures 256 of Qwen2.5-VL.
-    return {
-        "llava-6k": llava(4 if tiny else 31),
-        "llava-24k": llava(8 if tiny else 122),
-        "qwen-6k": qwen(2 if tiny else 24),
-        "qwen-24k": qwen(4 if tiny else 94),
-    }
-
-
-class Models:
-    """Holds one model at a time: two of them may not fit.
-
-    Args:
-        device: Where models are.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._held: tuple[str, Model] | None = None
-
-    def get(self, name: str, make: Callable[[torch.device], Model]) -> Model:
-        """The model of this name, made if it is not at hand."""
-        if self._held is None or self._held[0] != name:
-            self.drop()
-            self._held = name, make(self.device)
-        return self._held[1]
-
-    def drop(self) -> None:
-        """Let go of the model."""
-        self._held = None
-        self.tidy()
-
-    def tidy(self) -> None:
-        """Give memory back that nothing refers to any more."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def kernels() -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from tokenprune.eval.bench import footage
-from tokenprune.eval.bench.gpu_answers import TINY_SIGLIP, TINY_TEXT, Models
+from tokenprune.eval.bench.gpu_models import TINY_SIGLIP, TINY_TEXT, Models
 from tokenprune.eval.bench.overlap import FOOTAGE, Bench, Round, summary
 from tokenprune.eval.bench.random_models import QWEN2_7B, SO400M, build, llava_config
 from tokenprune.eval.bench.readers import numbers_on

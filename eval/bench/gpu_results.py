@@ -16,7 +16,7 @@ import torch
 
 from tokenprune import __version__
 
-__all__ = ["Results", "describe", "line"]
+__all__ = ["MEDIA", "Cell", "Results", "describe", "line"]
 
 Cell = dict[str, Any]
 
@@ -24,7 +24,7 @@ PACKAGES = ("accelerate", "av", "flash-attn", "numpy", "torchvision", "transform
 MEDIA = ("overlap", "decode")
 """Parts whose tables show what the cells hold."""
 HIDDEN = ("part", "runs")
-FIGURES = (
+FIGURES: tuple[tuple[str, str, str, float, int], ...] = (
     # Title, name and unit in a cell, factor, digits.
     ("first token s", "first_token", "seconds", 1.0, 3),
     ("encode s", "encode", "seconds", 1.0, 3),
@@ -46,9 +46,12 @@ def describe(device: torch.device) -> dict[str, Any]:
             "compute_capability": f"{card.major}.{card.minor}",
             "driver": _driver(),
             "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         }
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     versions |= {name: _version(name) for name in PACKAGES}
     return found | {"versions": {**versions, "tokenprune": __version__}}
 
@@ -127,14 +130,10 @@ class Results:
             else:
                 title = f"**{model}, {tokens:,} prompt tokens, {kernel}**"
                 lines += ["", title, "", *_answer_table(cells)]
-        ends = [
-            [
-                part,
-                ": ".join([how["state"], *filter(None, [how.get("error")])]),
-                f"{how['seconds']:.0f}",
-            ]
-            for part, how in self.parts.items()
-        ]
+        ends = []
+        for part, how in self.parts.items():
+            state = f"{how['state']}: {how['error']}" if "error" in how else how["state"]
+            ends.append([part, state, f"{how['seconds']:.0f}"])
         return "\n".join([*lines, "", *_table(["part", "ended", "seconds"], ends)])
 
 
@@ -154,9 +153,10 @@ def _answer_table(cells: list[Cell]) -> list[str]:
 def _answer_row(cell: Cell) -> list[str]:
     start = [f"`{cell['recipe']}`", str(cell.get("media_tokens_kept", "all")), str(cell["rounds"])]
     error = cell.get("error", "" if cell["rounds"] else "no time")
-    figures = (
-        [_figure(cell, *how) for _, *how in FIGURES] if cell["rounds"] else [""] * len(FIGURES)
-    )
+    figures = [
+        _figure(cell, name, unit, factor, digits) if cell["rounds"] else ""
+        for _, name, unit, factor, digits in FIGURES
+    ]
     return [*start, *figures, " ".join([cell.get("sdpa_backends", ""), error]).strip()]
 
 

@@ -16,10 +16,10 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from tests.tiny import build, decoder_of
 from tokenprune import Session, ask, load_model, prune, read_media
-from tokenprune.eval.bench.gpu_answers import TINY_SIGLIP, TINY_TEXT, answer
+from tokenprune.eval.bench.gpu_answers import answer
+from tokenprune.eval.bench.gpu_models import TINY_SIGLIP, TINY_TEXT
 from tokenprune.eval.bench.random_models import build as build_large
 from tokenprune.eval.bench.random_models import llava_config, llava_inputs
-from tokenprune.eval.mini.sample import write_sample
 
 RECIPE = "vflowopt(keep=0.5) + random(keep=0.7 at=2) + plphp(keep=0.5)"
 FAMILIES = ["llava_onevision", "qwen2_5_vl", "qwen3_vl"]
@@ -131,6 +131,8 @@ def test_index_tensors_follow_layers_to_two_devices(name: str) -> None:
 
 
 def test_the_mini_model_answers_alike_on_both_devices(tmp_path: Path) -> None:
+    from tokenprune.eval.mini.sample import write_sample  # without PyAV the other tests run
+
     path = tmp_path / "sample.mp4"
     questions = [one["question"] for one in write_sample(path, seconds=20, size=(112, 192))[:3]]
     answers = []

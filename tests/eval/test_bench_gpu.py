@@ -19,9 +19,10 @@ from tokenprune import list_methods
 from tokenprune.eval.bench import footage, gpu, gpu_answers, gpu_media, gpu_results
 from tokenprune.eval.bench.footage import Footage
 from tokenprune.eval.bench.gpu import PARTS
-from tokenprune.eval.bench.gpu_answers import Group, Models, cases, recipes
+from tokenprune.eval.bench.gpu_answers import Group, recipes
+from tokenprune.eval.bench.gpu_models import QWEN_TOWER, Models, cases
 from tokenprune.eval.bench.gpu_results import Results, describe
-from tokenprune.eval.bench.random_models import QWEN2_7B, SO400M, llava_config, qwen_config
+from tokenprune.eval.bench.random_models import QWEN2_7B, SO400M, build, llava_config, qwen_config
 
 SMALL = Footage("small", 112, 192, 12, 300, 2)
 ANSWERS = [part for part in PARTS if part not in ("overlap", "decode")]
@@ -122,7 +123,7 @@ def test_failures_are_recorded_and_the_rest_goes_on(
         raise OSError("no encoder")
 
     monkeypatch.setattr(gpu_answers, "answer", fails)
-    monkeypatch.setattr(gpu, "overlap", no_video)
+    monkeypatch.setattr(gpu_media, "overlap", no_video)
     code, found, output = bench("--only", "llava-6k,overlap,decode")
     assert code == 1
     cells = {cell["recipe"]: cell for cell in found["cells"] if cell["part"] == "llava-6k"}
@@ -192,8 +193,8 @@ def test_models_are_held_one_at_a_time() -> None:
 
 def test_large_shapes_are_those_of_the_models() -> None:
     """Checked on the meta device: they take no memory there."""
-    for config in (llava_config(QWEN2_7B, SO400M), qwen_config(QWEN2_7B, gpu_answers.QWEN_TOWER)):
-        model = gpu_answers.build(config, "meta")
+    for config in (llava_config(QWEN2_7B, SO400M), qwen_config(QWEN2_7B, QWEN_TOWER)):
+        model = build(config, "meta")
         size = sum(weight.numel() for weight in model.parameters())
         assert 7.5e9 < size < 8.5e9
         assert recipes("llava-onevision-7b", 28)[1].endswith("at=8) + plphp(keep=1.0)")
