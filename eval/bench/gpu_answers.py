@@ -16,7 +16,8 @@ import transformers.utils
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tokenprune import list_methods, prune
+from tokenprune.core.registry import list_methods
+from tokenprune.engine.patch import prune
 from tokenprune.eval.bench.gpu_models import Case, Models
 from tokenprune.eval.bench.random_models import Model
 from tokenprune.eval.bench.stopwatch import PeakMemory, Stopwatch

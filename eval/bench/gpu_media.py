@@ -36,18 +36,20 @@ def overlap(models: Models, files: Path, rounds: int, until: float, tiny: bool) 
     path = footage.make(FOOTAGE, files, PRESET)
     loaded = _watcher(models, tiny)
     frames, group = (8, 4) if tiny else (96, 16)
+    yielded = False  # there is to be one cell at least
     for recipe in ("none", "vflowopt(keep=0.25)"):
         bench = Bench(loaded, path, frames, group, recipe, workers=None)
         measured: list[Round] = []
         for number in range(rounds + 1):
-            if len(measured) and time.monotonic() > until:
-                break
+            if yielded and time.monotonic() > until:
+                return
             one, _ = bench.round(number)
             if not number:  # a warm-up
                 continue
             measured.append(one)
             found = {f"{name}_seconds": value for name, value in summary(measured).items()}
             ratio = found.pop("over_longer_seconds")
+            yielded = True
             whole, apart = found["whole_seconds"], found["one_after_the_other_seconds"]
             yield {
                 "recipe": recipe,
@@ -92,15 +94,17 @@ def decode(files: Path, rounds: int, until: float, tiny: bool) -> Iterator[Cell]
     if tiny:
         ways = [(8, None, "thread"), (8, 1, "thread")]
     size = (112, 192) if tiny else (SO400M["image_size"], SO400M["image_size"])
+    yielded = False
     for frames, workers, kind in ways:
         seconds: list[float] = []
         for _ in range(rounds):
-            if seconds and time.monotonic() > until:
-                break
+            if yielded and time.monotonic() > until:
+                return
             begin = time.perf_counter()
             video = read_video(path, frames=frames, size=size, workers=workers, worker_kind=kind)
             seconds.append(time.perf_counter() - begin)
             due = video.indices % footage.MINUTE
+            yielded = True
             yield {
                 "frames": frames,
                 "workers": workers or cores,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -133,4 +134,5 @@ class Models:
         """Give memory back that nothing refers to any more."""
         gc.collect()
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # a device that failed gives nothing back
+                torch.cuda.empty_cache()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tokenprune import __version__
+from tokenprune._version import __version__
 
 __all__ = ["MEDIA", "Cell", "Results", "describe", "line"]
 
