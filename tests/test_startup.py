@@ -86,6 +86,7 @@ def test_asking_needs_no_charts_and_pages(files: Files, checkpoint: Callable[[st
 
 
 def test_costs_are_measured(tmp_path: Path) -> None:
+    assert startup.VERBS == tuple(VERBS)
     runs = startup.commands(startup.ROOT, tmp_path / "a.mp4")
     chosen = {command: runs[command] for command in ("python -c 'pass'", "tokenprune list")}
     plain, listed = startup.measure(chosen, startup.ROOT, repeats=1)

@@ -22,12 +22,12 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.cli.app import VERBS
 from tokenprune.eval.mini.sample import write_sample
 
-__all__ = ["Cost", "commands", "measure"]
+__all__ = ["VERBS", "Cost", "commands", "measure"]
 
 ROOT = Path(__file__).parents[2]
+VERBS = ("ask", "plan", "watch", "decode", "sample", "eval", "convert", "list", "demo")
 
 
 @dataclass(frozen=True)
