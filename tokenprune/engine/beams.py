@@ -9,6 +9,8 @@ transformers differ in what they encode ahead, and some mix up even that.
 from __future__ import annotations
 
 import functools
+import inspect
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Final
@@ -19,6 +21,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from tokenprune.adapters.base import Adapter
+from tokenprune.core.layout import Modality
 from tokenprune.errors import UnsupportedModelError
 
 __all__ = ["refuse_torn"]
@@ -38,15 +41,17 @@ def refuse_torn(adapter: Adapter, expand: Callable[..., Any]) -> Callable[..., A
         ids, times = kwargs.get("input_ids"), kwargs.get("expand_size", 1)
         if times == 1 or ids is None:
             return expand(*args, **kwargs)
+        held = adapter.placeholders(ids, kwargs.get("mm_token_type_ids"))
         if not of_family:  # some families know how to repeat pixels
+            with_media = _rows_with_media(adapter, held)
             for name, parts in _pixels_or_sound(kwargs):
-                if parts > len(ids):
+                # More parts than rows to hold them: one of the rows holds several.
+                if parts > with_media.get(name, len(ids)):
                     raise _torn(name, parts, len(ids))
         before = {name: list(one) for name, one in _encoded(kwargs)}
-        held = adapter.placeholders(ids, kwargs.get("mm_token_type_ids"))
         repeated = expand(*args, **kwargs)
         for name, after in _encoded(repeated[1]):
-            if len(before[name]) > len(ids) and name in held:
+            if len(before[name]) > 1 and name in held:
                 counts = held[name].sum(dim=1).tolist()
                 right = _sample_by_sample(before[name], counts, times)
                 if not all(map(torch.equal, after, right)):
@@ -54,6 +59,17 @@ def refuse_torn(adapter: Adapter, expand: Callable[..., Any]) -> Callable[..., A
         return repeated
 
     return checked
+
+
+def _rows_with_media(adapter: Adapter, held: dict[Modality, Tensor]) -> dict[str, int]:
+    """How many rows hold what an argument of an encoder is encoded to, by the argument's name."""
+    holding: dict[str, Tensor] = {}
+    for path, modality in adapter.encoders().items():
+        encode = operator.attrgetter(path)(adapter.base_model)
+        for name in inspect.signature(encode).parameters:
+            rows = held[modality].any(dim=1)  # [B]
+            holding[name] = holding[name] | rows if name in holding else rows
+    return {name: int(rows.sum()) for name, rows in holding.items()}
 
 
 def _pixels_or_sound(arguments: dict[str, Any]) -> Iterator[tuple[str, int]]:
