@@ -65,11 +65,13 @@ def test_the_method_to_add_works(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [
         "from dataclasses import dataclass",
         "from tokenprune.core.layout import TokenLayout",
-        "from tokenprune.core.selection import Selection, count",
+        "from torch import Tensor",
+        "from tokenprune.core.budget import Budget, allocate",
+        "from tokenprune.core.selection import Selection",
         "from tokenprune.core.context import CacheContext",
         "from tokenprune.core.site import Cache, Site",
         "from tokenprune.core.stage import Stage",
-        "from tokenprune.core.selectors import top",
+        "from tokenprune.core.selectors import top_per_group",
         BLOCKS[3],
     ]
     names: dict[str, type[Method]] = {}

@@ -22,7 +22,7 @@ from tests.contract.harness import forget_pruned_runs
 from tokenprune.adapters.base import Item
 from tokenprune.adapters.llava_next import LlavaNext
 from tokenprune.adapters.qwen2_5_vl import Qwen2_5VL
-from tokenprune.core import selectors
+from tokenprune.core import budget
 from tokenprune.engine import deepstack, flight, forward, hooks, prefill, run
 from tokenprune.engine import patch as patching
 from tokenprune.engine.cache import PrunedLayer
@@ -397,7 +397,7 @@ def class_token_left_in_the_softmax(patch: pytest.MonkeyPatch) -> None:
 
 @caught_by(contracts.test_baselines_keep_the_count_they_were_told, "llava_next", "input", 0.7)
 def shares_rounded_down(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(selectors, "count", lambda share, total: max(1, int(share * total)))
+    patch.setattr(budget, "count", lambda share, total: max(1, int(share * total)))
 
 
 @caught_by(contracts.test_only_patches_are_in_the_layout, "llava_next")

@@ -11,17 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.methods.doubles import grid, join
-from tokenprune.core.selection import count
-from tokenprune.core.selectors import (
+from tokenprune.core.budget import (
     Budget,
     allocate,
     check_budget,
     group_sizes,
     round_share,
-    top,
-    top_per_group,
-    uniform_per_group,
 )
+from tokenprune.core.selection import count
+from tokenprune.core.selectors import top, top_per_group, uniform_per_group
 from tokenprune.errors import RecipeError
 
 light = settings(max_examples=60, deadline=None)

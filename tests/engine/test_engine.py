@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.tiny import Tiny, build, decoder_of
 from tokenprune import Recipe, Selection, TokenPruneError, prune
+from tokenprune.core.budget import Budget
 from tokenprune.core.site import (
     Cache,
     Input,
@@ -215,8 +216,10 @@ class Liar(Stage, part=True):
     def site(self) -> Site:
         return self.at
 
-    def counts(self, layout):
-        return self.promise
+    def budget(self, layout, rows=None):
+        if self.promise is None:
+            return None
+        return Budget.of(torch.zeros_like(layout.item), torch.tensor([self.promise]))
 
     def select(self, context):
         return Selection(torch.tensor(self.index, dtype=torch.int64))

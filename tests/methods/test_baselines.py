@@ -39,7 +39,7 @@ def test_baselines_keep_exactly_what_they_say(method: Any, at: Any, keep: Any, p
         for group in range(int(groups.max()) + 1):
             size = int((groups == group).sum())
             assert int((groups[head] == group).sum()) == plain_count(keep, size)
-    assert stage.counts(LAYOUT) == index.shape[-1]
+    assert stage.budget(LAYOUT).total == index.shape[-1]
 
 
 @pytest.mark.parametrize("method", [Random, Uniform])
@@ -47,7 +47,7 @@ def test_baselines_keep_exactly_what_they_say(method: Any, at: Any, keep: Any, p
 @pytest.mark.parametrize("keep", [1.0, 1000])
 def test_baselines_keep_all(method: Any, at: Any, keep: Any) -> None:
     stage = method(keep=keep, at=at)
-    assert stage.counts(LAYOUT) == len(LAYOUT)
+    assert stage.budget(LAYOUT).total == len(LAYOUT)
     index = stage.select(context(at)).index
     assert torch.equal(index, torch.arange(len(LAYOUT)).expand_as(index))
 
@@ -96,7 +96,7 @@ def test_random_after_a_cache_stage_keeps_as_many_in_every_head() -> None:
     rows = torch.tensor([[0, 1, 2, 3, 4, 8], [0, 4, 5, 8, 9, 10]])
     stage = Random(keep=0.5, at="cache", per="frame")
     index = stage.select(cache_context(layout, rows=rows)).index
-    assert index.shape == (2, stage.counts(layout[rows[0]]))
+    assert index.shape == (2, stage.budget(layout[rows[0]]).total)
 
 
 def test_uniform_is_the_same_in_every_head() -> None:

@@ -275,17 +275,17 @@ def test_larger_keep_keeps_supersets() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_keep_all(layout: TokenLayout) -> None:
     method = PLPHP(keep=1.0)
-    assert method.counts(layout) == len(layout)
+    assert method.budget(layout).total == len(layout)
     index = method.select(cache_context(layout, attention_to(layout))).index
     assert torch.equal(index, torch.arange(len(layout)).expand(2, -1))
 
 
 def test_counts_are_known_if_no_layer_deviates() -> None:
     layout = LAYOUTS["both"]
-    assert PLPHP(keep=0.4).counts(layout) is None
+    assert not PLPHP(keep=0.4).budget(layout).exact
     method = PLPHP(keep=0.4, shift=0.0)
     index = method.select(cache_context(layout, attention_to(layout))).index
-    assert method.counts(layout) == index.shape[1]
+    assert method.budget(layout).total == index.shape[1]
 
 
 def test_every_span_keeps_the_least() -> None:

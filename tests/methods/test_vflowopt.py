@@ -404,7 +404,7 @@ def test_worked_example() -> None:
     _, one, two, three = method.stages(SHAPE)
     layout, importance = grid(4, 4), torch.arange(1.0, 17.0)
     context = input_context(layout, importance)
-    assert one.counts(layout) == 8
+    assert one.budget(layout).total == 8
     selection = one.select(context)
     assert selection.index.tolist() == [5, 7, 9, 11, 12, 13, 14, 15]
     assert {t: sorted(s) for t, s in merges_of(selection).items()} == {
@@ -418,7 +418,7 @@ def test_worked_example() -> None:
     )
     # Recycled tokens are the first to fall.
     left = layout[selection.index]
-    assert two.counts(left) == 6
+    assert two.budget(left).total == 6
     later = two.select(input_context(left, layer=9, memory=context.memory))
     left = left[later.index]
     assert (left.position - 5).tolist() == [9, 11, 12, 13, 14, 15]
@@ -455,7 +455,7 @@ def test_round_one_is_the_plain_loop(
         selection = stage.select(input_context(layout, scores))
         kept, merges = plain_round_one(layout, scores.tolist(), keep, cell, recycled)
         assert selection.index.tolist() == kept
-        assert len(kept) == stage.counts(layout)
+        assert len(kept) == stage.budget(layout).total
         found = merges_of(selection)
         assert found.keys() == merges.keys()
         for target in merges:
@@ -502,7 +502,7 @@ def test_round_one_keeps_exactly_its_share(
     index = stage.select(input_context(layout, importance)).index
     for item, size in enumerate((9, 72, 9)):
         assert int((layout.item[index] == item).sum()) == count(keep, size)
-    assert stage.counts(layout) == len(index)
+    assert stage.budget(layout).total == len(index)
 
 
 def test_default_cells_follow_the_canvas() -> None:
@@ -554,7 +554,7 @@ def test_later_rounds_rank_each_item_by_the_same_map() -> None:
         expected += ranked[: count(0.4, len(rows))]
     assert selection.index.tolist() == sorted(expected)
     assert selection.merge is None
-    assert VFlowOptLayer(layer=9, keep=0.4).counts(layout) == len(expected)
+    assert VFlowOptLayer(layer=9, keep=0.4).budget(layout).total == len(expected)
 
 
 def test_rounds_share_one_map_by_position() -> None:

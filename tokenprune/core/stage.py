@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from tokenprune.core.budget import Budget
 from tokenprune.core.context import EncoderView, ModelShape
 from tokenprune.core.layout import MODALITIES, Modality, TokenLayout
 from tokenprune.core.registry import register
@@ -77,17 +78,18 @@ class Stage(Method, part=True):
     def site(self) -> Site:
         """Where the stage acts."""
 
-    def counts(self, layout: TokenLayout) -> int | None:
-        """Tokens kept of these candidates (of each head, at a cache site); None if adaptive."""
-        return None
+    def budget(self, layout: TokenLayout, rows: Tensor | None = None) -> Budget | None:
+        """How many tokens of which groups survive, known before anything is scored.
 
-    def expects(self, layout: TokenLayout) -> int:
-        """Tokens that a plan reckons with: `counts`, or what an adaptive stage aims at.
+        The engine holds a stage to an exact budget; a plan reckons with any. A stage without one
+        is adaptive, and a plan takes it to keep all.
 
-        An adaptive stage that aims at nothing is taken to keep all.
+        Args:
+            layout: The candidates, or the tokens that `rows` refers to.
+            rows: `[H, N]`, the candidates of each key-value head at a cache site; None if they are
+                the layout.
         """
-        known = self.counts(layout)
-        return len(layout) if known is None else known
+        return None
 
     @abstractmethod
     def select(self, context: Any) -> Selection:

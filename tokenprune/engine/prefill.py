@@ -91,7 +91,7 @@ class Prefill:
             if not len(candidates):
                 continue
             layout = sample.layout[candidates]
-            if stage.counts(layout) == len(candidates):
+            if _promised(stage, layout) == len(candidates):
                 self._record(stage, sample, candidates, candidates, None)
                 continue
             where = flight.locate(sample.number, layout.position - self._past)
@@ -201,7 +201,7 @@ class Prefill:
             if not rows.shape[1]:
                 continue
             layout = sample.layout[rows[0]]
-            if stage.counts(layout) == rows.shape[1]:
+            if _promised(stage, layout) == rows.shape[1]:
                 self._record(stage, sample, rows, rows, None, layer=number)
                 continue
             context = StoredEntries(
@@ -277,10 +277,16 @@ def _translate(merge: Merge | None, names: Tensor) -> Merge | None:
     return Merge(names[merge.source], names[merge.target], merge.weight)
 
 
+def _promised(stage: Stage, layout: TokenLayout) -> int | None:
+    """How many of these candidates a stage is going to keep; None if it is adaptive."""
+    budget = stage.budget(layout)
+    return None if budget is None or not budget.exact else budget.total
+
+
 def _check(stage: Stage, selection: Selection, layout: TokenLayout, heads: int | None) -> None:
     """Hold a stage to the count it promised, before anything is cut."""
     shape = selection.index.shape
-    promised = stage.counts(layout)
+    promised = _promised(stage, layout)
     if promised is not None and shape[-1] != promised:
         raise RecipeError(
             f"{stage.name} promised to keep {promised} of {len(layout)} tokens and kept {shape[-1]}"

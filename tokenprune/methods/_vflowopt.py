@@ -10,10 +10,11 @@ from typing import Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from tokenprune.core.budget import Budget, allocate
 from tokenprune.core.context import Context, EncoderView, LayerContext
 from tokenprune.core.layout import Modality, TokenLayout
 from tokenprune.core.selection import Merge, Selection
-from tokenprune.core.selectors import allocate, top, top_per_group
+from tokenprune.core.selectors import top, top_per_group
 from tokenprune.core.site import Input, Layer, Site
 from tokenprune.core.stage import EncoderStage, Stage
 from tokenprune.errors import UnsupportedModelError
@@ -111,8 +112,8 @@ class VFlowOptInput(Stage, part=True):
     def site(self) -> Site:
         return Input()
 
-    def counts(self, layout: TokenLayout) -> int:
-        return allocate(self.keep, self.per, layout).total
+    def budget(self, layout: TokenLayout, rows: Tensor | None = None) -> Budget:
+        return allocate(self.keep, self.per, layout, rows)
 
     def select(self, context: Context) -> Selection:
         scores = _importance(context)
@@ -124,7 +125,7 @@ class VFlowOptInput(Stage, part=True):
                 "the tokens, or the encoder overflowed; load the model in bfloat16 or float32"
             )
         cells, area = _cells(layout, self.cell)
-        budget = allocate(self.keep, self.per, layout)
+        budget = self.budget(layout)
         parts = []
         for group, keep in enumerate(budget.counts.tolist()):
             rows = (budget.groups == group).nonzero()[:, 0]
@@ -159,13 +160,12 @@ class VFlowOptLayer(Stage, part=True):
     def site(self) -> Site:
         return Layer(self.layer)
 
-    def counts(self, layout: TokenLayout) -> int:
-        return allocate(self.keep, self.per, layout).total
+    def budget(self, layout: TokenLayout, rows: Tensor | None = None) -> Budget:
+        return allocate(self.keep, self.per, layout, rows)
 
     def select(self, context: LayerContext) -> Selection:
         scores = _importance(context)
-        budget = allocate(self.keep, self.per, context.layout)
-        return Selection(top_per_group(scores, budget), scores=scores)
+        return Selection(top_per_group(scores, self.budget(context.layout)), scores=scores)
 
 
 def _importance(context: Context) -> Tensor:

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenprune.core.context import CacheContext, Context, LayerContext
-from tokenprune.core.layout import TokenLayout
-from tokenprune.core.selection import Selection
-from tokenprune.core.selectors import (
+from tokenprune.core.budget import (
     Budget,
     Per,
     allocate,
     check_budget,
-    top_per_group,
-    uniform_per_group,
 )
+from tokenprune.core.context import CacheContext, Context, LayerContext
+from tokenprune.core.layout import TokenLayout
+from tokenprune.core.selection import Selection
+from tokenprune.core.selectors import top_per_group, uniform_per_group
 from tokenprune.core.site import (
     Cache,
     Input,
@@ -50,12 +49,12 @@ class _Baseline(Stage, part=True):
             return Layer(self.at)
         return Input() if self.at == "input" else Cache()
 
-    def counts(self, layout: TokenLayout) -> int:
-        return allocate(self.keep, self.per, layout).total
+    def budget(self, layout: TokenLayout, rows: Tensor | None = None) -> Budget:
+        return allocate(self.keep, self.per, layout, rows)
 
     def _budget(self, context: Context | CacheContext) -> Budget:
         rows = context.rows if isinstance(context, CacheContext) else None
-        return allocate(self.keep, self.per, context.layout, rows)
+        return self.budget(context.layout, rows)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokenprune.core.budget import Budget, group_sizes, round_share
 from tokenprune.core.context import CacheContext
 from tokenprune.core.layout import AUDIO, TokenLayout
 from tokenprune.core.selection import Selection
-from tokenprune.core.selectors import Budget, group_sizes, round_share, top_per_group
+from tokenprune.core.selectors import top_per_group
 from tokenprune.core.site import Cache, Site
 from tokenprune.core.stage import Stage
 from tokenprune.errors import RecipeError
@@ -98,14 +99,12 @@ class PLPHP(Stage):
     def site(self) -> Site:
         return Cache((self.layers,) if isinstance(self.layers, int) else self.layers)
 
-    def counts(self, layout: TokenLayout) -> int | None:
-        """Known if no layer deviates from `keep`: with a shift of 0, as for `keep=1.0`."""
-        return None if self._shift() > 0 else self.expects(layout)
-
-    def expects(self, layout: TokenLayout) -> int:
-        """What a balanced layer keeps."""
-        sizes = group_sizes(self._spans(layout))
-        return int(round_share(self.keep, sizes, self.least).sum())
+    def budget(self, layout: TokenLayout, rows: Tensor | None = None) -> Budget:
+        """What a balanced layer keeps: exact if none deviates, with a shift of 0."""
+        spans = self._spans(layout)
+        spans = spans if rows is None else spans.to(rows.device)[rows]
+        counts = round_share(self.keep, group_sizes(spans), self.least)
+        return Budget.of(spans, counts, exact=self._shift() == 0)
 
     def select(self, context: CacheContext) -> Selection:
         rows, attention = context.rows, context.attention

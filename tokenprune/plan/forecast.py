@@ -9,36 +9,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from tokenprune.adapters.base import Adapter, MediaCall
-from tokenprune.core.context import CacheContext, Context
-from tokenprune.core.layout import TokenLayout
-from tokenprune.core.selection import Selection
-from tokenprune.core.selectors import allocate, uniform_per_group
 from tokenprune.core.stage import Stage
 from tokenprune.engine.cache import adopt, new_cache
 from tokenprune.engine.forward import Forward
 from tokenprune.engine.prompt import Prompt as MediaPrompt
 from tokenprune.engine.schedule import Schedule
+from tokenprune.plan.blank import BlankStage, Known
 from tokenprune.report.report import Call
 
 __all__ = ["Forecast", "Prompt", "forecast", "forecast_all"]
-
-_COARSER: dict[str, frozenset[str]] = {
-    "token": frozenset({"token", "frame", "second", "item", "prompt"}),
-    "frame": frozenset({"frame", "item", "prompt"}),
-    "second": frozenset({"second", "item", "prompt"}),
-    "item": frozenset({"item", "prompt"}),
-    "prompt": frozenset({"prompt"}),
-    "nothing": frozenset(),
-}
-"""If it is known how many tokens are left of each such group, then of each of these too."""
 
 
 @dataclass(frozen=True)
@@ -138,12 +125,12 @@ def forecast_all(prompts: Sequence[Prompt], stages: Sequence[Stage]) -> list[For
 def _forecast(prompt: Prompt, stages: Sequence[Stage], stored: Cache) -> Forecast:
     adapter, ids = prompt.adapter, prompt.inputs["input_ids"]
     length = ids.shape[1]
-    known = _Known()
-    blind: list[Any] = [_BlindStage(stage, known) for stage in stages]
+    known = Known()
+    blank = [BlankStage(stage, known) for stage in stages]
     if prompt.takes_back:
         stored.crop(-prompt.takes_back)
     earlier = [_indices(layer) for layer in stored.layers]
-    forward = Forward(Schedule(adapter, blind), stored, 1, length, ids.device)
+    forward = Forward(Schedule(adapter, blank), stored, 1, length, ids.device)
     hidden = torch.zeros(1, length, 0)
     media = MediaPrompt(ids, prompt.calls, prompt.inputs, prompt.frame_seconds)
     forward.begin({"inputs_embeds": hidden}, media)
@@ -155,16 +142,15 @@ def _forecast(prompt: Prompt, stages: Sequence[Stage], stored: Cache) -> Forecas
         # One byte for each key and each value: what is really stored is counted, then scaled.
         entries = torch.zeros(1, adapter.shape.kv_heads, len(rows[-1]), 1, dtype=torch.uint8)
         layer.update(entries, entries)
-        here = known.left
-        forward.after_attention(number, layer)
-        known.left = here  # the next layer's cache starts from the same tokens
+        with known.unchanged():  # the next layer's cache starts from the same tokens
+            forward.after_attention(number, layer)
     call = forward.finish()
     assert call is not None
     forward.clock.stop()
     width = adapter.shape.head_width * adapter.model.dtype.itemsize
     call.kv_bytes_before *= width
     call.kv_bytes_after *= width
-    means, exact = [one.mean for one in blind], [one.exact for one in blind]
+    means, exact = [one.mean for one in blank], [one.exact for one in blank]
     return Forecast(call, rows, earlier, means, exact)
 
 
@@ -172,90 +158,3 @@ def _indices(layer: Any) -> Tensor:
     """Logical indices `[E]` of the keys of a layer; heads hold equally many."""
     index: Tensor = layer.index[0, 0]
     return index
-
-
-@dataclass
-class _Known:
-    """Of which groups it is known how many tokens are left; shared by the stages of a recipe."""
-
-    left: str = "token"
-
-
-@dataclass
-class _BlindStage:
-    """Stands in for a stage where there is no content to look at.
-
-    Attributes:
-        stage: The stage.
-        known: What earlier stages leave, updated as this one acts.
-        kept: Tokens kept, each time it acted.
-        exact: Whether all of these are certain.
-    """
-
-    stage: Stage
-    known: _Known
-    kept: list[int] = field(default_factory=list)
-    exact: bool = True
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stage, name)
-
-    @property
-    def mean(self) -> float:
-        return round(sum(self.kept) / len(self.kept), 2) if self.kept else 0.0
-
-    def counts(self, layout: TokenLayout) -> None:
-        """No promise: every selection is to be made here."""
-
-    def select(self, context: Context | CacheContext) -> Selection:
-        layout = context.layout
-        rows = context.rows if isinstance(context, CacheContext) else None
-        here = layout if rows is None else layout[rows[0]]
-        promised = self.stage.counts(here)
-        per = getattr(self.stage, "per", "token")
-        if per == "item" and bool((here.item == here.item[0]).all()):
-            per = "prompt"
-        certain = promised is not None and per in _COARSER[self.known.left]
-        self.exact = self.exact and certain
-        try:
-            selection = self.stage.select(_blindfold(context))
-            left = self.known.left if self.known.left == "token" else per
-        except _NeedsContent:
-            selection = self._stand_in(layout, rows, promised, here)
-            left = per if per != "token" else "prompt"
-        if promised == len(here) and certain:
-            left = self.known.left
-        self.known.left = left if certain else "nothing"
-        self.kept.append(selection.index.shape[-1])
-        return Selection(selection.index)
-
-    def _stand_in(
-        self, layout: TokenLayout, rows: Tensor | None, promised: int | None, here: TokenLayout
-    ) -> Selection:
-        """Evenly spread tokens, as many of each group as the stage keeps."""
-        stage: Any = self.stage
-        if promised is not None and hasattr(stage, "per"):
-            budget = allocate(stage.keep, stage.per, layout, rows)
-        else:
-            budget = allocate(stage.expects(here), "prompt", layout, rows)
-        return Selection(uniform_per_group(budget))
-
-
-_CONTENT = ("features", "encoder_map", "keys", "values", "attention")
-
-
-class _NeedsContent(Exception):
-    """A stage asked for what only a run can show."""
-
-
-def _refuse(*_: object) -> NoReturn:
-    raise _NeedsContent
-
-
-def _blindfold(context: Any) -> Any:
-    """The same context without content."""
-    kind = type(context)
-    blind = type(f"Blind{kind.__name__}", (kind,), {name: property(_refuse) for name in _CONTENT})
-    seen: Any = object.__new__(blind)
-    vars(seen).update({k: v for k, v in vars(context).items() if k not in _CONTENT})
-    return seen
