@@ -142,12 +142,12 @@ class Adapter(ABC):
         self.config = model.config
 
     @classmethod
-    def mend(cls, config: Any) -> Any:
+    def fix_config(cls, config: Any) -> Any:
         """The configuration of a checkpoint, where releases of transformers misread it."""
         return config
 
     @classmethod
-    def mend_processor(cls, processor: Any) -> Any:
+    def fix_processor(cls, processor: Any) -> Any:
         """The processor of a checkpoint, where transformers' cannot do all that its model can."""
         return processor
 

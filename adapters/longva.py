@@ -5,7 +5,7 @@ On a CLIP tower without the layers behind the features, its architecture is Long
 a frame of 336 pixels, one after the other, with nothing between frames. To LongVA an image is a
 video of its tiles. They are cut by its own rule, which is LLaVA-NeXT's without the view of the
 whole; the processors for that, which transformers lacks, are here. transformers alone refuses
-to load it: load by `tokenprune.models.loading.load_model`, or import this module before.
+to load it: load by `tokenprune.models.load.load_model`, or import this module before.
 
 Differences that remain: pictures are resized by torchvision, as transformers does, where LongVA
 uses PIL (both bicubic, up to three levels of 255 apart here and there), and by the decoder where
@@ -243,7 +243,7 @@ def _config(settings: dict[str, Any], tower: Path | None, source: Path) -> Any:
     return transformers.PerceptionLMConfig(
         text_config=text,
         vision_config=vision,
-        clip_config=vision.to_dict(),  # for `PerceptionLM.mend`
+        clip_config=vision.to_dict(),  # for `PerceptionLM.fix_config`
         vision_use_cls_token=True,
         projector_pooling_ratio=settings.get("mm_spatial_pool_stride", 2),
         tie_word_embeddings=text.tie_word_embeddings,

@@ -30,7 +30,7 @@ class PerceptionLM(Adapter):
     modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
 
     @classmethod
-    def mend(cls, config: Any) -> Any:
+    def fix_config(cls, config: Any) -> Any:
         told = getattr(config, "clip_config", None)
         if told and not isinstance(config.vision_config, CLIPVisionConfig):
             # Early releases of transformers take every tower for one of timm's.
@@ -38,7 +38,7 @@ class PerceptionLM(Adapter):
         return config
 
     @classmethod
-    def mend_processor(cls, processor: Any) -> Any:
+    def fix_processor(cls, processor: Any) -> Any:
         tiled = isinstance(processor.image_processor, LongVAImageProcessor)
         return LongVAProcessor.of(processor) if tiled else processor
 

@@ -16,7 +16,10 @@ from tokenprune.asking import answer
 from tokenprune.core.recipe import Recipe
 from tokenprune.core.site import Cache
 from tokenprune.errors import MediaError, TokenPruneError
-from tokenprune.models.loading import LoadedModel, Media, load_model, read_media
+from tokenprune.inputs import read_media
+from tokenprune.models.load import load_model
+from tokenprune.models.loaded import LoadedModel
+from tokenprune.models.media import Media
 from tokenprune.report.answer import Answer
 
 __all__ = ["first_run", "pick_questions", "sample_video"]

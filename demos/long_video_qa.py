@@ -19,7 +19,10 @@ from tokenprune.asking import answer, default_recipe
 from tokenprune.core.recipe import Recipe
 from tokenprune.demos.first_run import sample_video
 from tokenprune.errors import MediaError, MissingExtraError, TokenPruneError
-from tokenprune.models.loading import LoadedModel, Media, load_model, read_media
+from tokenprune.inputs import read_media
+from tokenprune.models.load import load_model
+from tokenprune.models.loaded import LoadedModel
+from tokenprune.models.media import Media
 from tokenprune.report.answer import Answer, numbers
 
 if TYPE_CHECKING:

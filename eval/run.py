@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tokenprune.core.recipe import Recipe
 from tokenprune.engine.patch import prune
 from tokenprune.errors import RecipeError
-from tokenprune.models.loading import LoadedModel
+from tokenprune.models.loaded import LoadedModel
 
 __all__ = ["Result", "check_run", "evaluate_recipes", "find_task"]
 

@@ -15,7 +15,10 @@ from tests.tiny import decoder_of
 from tokenprune import prune
 from tokenprune.core.layout import AUDIO, VIDEO
 from tokenprune.media import Timings, Video, VideoInfo
-from tokenprune.models.loading import LoadedModel, Media, frame_size, load_model
+from tokenprune.models.load import load_model
+from tokenprune.models.loaded import LoadedModel
+from tokenprune.models.media import Media
+from tokenprune.models.processors import frame_size
 
 BOTH = [name for name in HEARING if name in SEEING]
 # A model that only hears takes the sound track of a video.

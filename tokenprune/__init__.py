@@ -30,7 +30,10 @@ if TYPE_CHECKING:
         TokenPruneError,
         UnsupportedModelError,
     )
-    from tokenprune.models.loading import LoadedModel, Media, load_model, read_media
+    from tokenprune.inputs import read_media
+    from tokenprune.models.load import load_model
+    from tokenprune.models.loaded import LoadedModel
+    from tokenprune.models.media import Media
     from tokenprune.report.answer import Answer
     from tokenprune.report.report import Report
     from tokenprune.session.session import Session
@@ -63,8 +66,8 @@ __all__ = [
 _MODULES = {
     "Answer": "report.answer",
     "DecodeError": "errors",
-    "LoadedModel": "models.loading",
-    "Media": "models.loading",
+    "LoadedModel": "models.loaded",
+    "Media": "models.media",
     "MediaError": "errors",
     "MissingExtraError": "errors",
     "NoVideoStreamError": "errors",
@@ -80,9 +83,9 @@ _MODULES = {
     "ask": "asking",
     "list_methods": "core.registry",
     "list_models": "adapters.base",
-    "load_model": "models.loading",
+    "load_model": "models.load",
     "prune": "engine.patch",
-    "read_media": "models.loading",
+    "read_media": "inputs",
 }
 """Where each name comes from when it is first used: torch alone takes seconds to import."""
 

@@ -16,14 +16,11 @@ from tokenprune.core.recipe import Recipe
 from tokenprune.engine.cache import cache_bytes, full_cache_bytes
 from tokenprune.engine.patch import prune
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
+from tokenprune.inputs import check_watchable, read_media
 from tokenprune.media import Timings
-from tokenprune.models.loading import (
-    LoadedModel,
-    Media,
-    check_question,
-    check_watchable,
-    read_media,
-)
+from tokenprune.models.loaded import LoadedModel
+from tokenprune.models.media import Media
+from tokenprune.models.prompts import check_question
 from tokenprune.report.answer import Answer
 from tokenprune.report.report import KVBytes
 from tokenprune.report.timeline import Timeline

@@ -23,7 +23,9 @@ from tokenprune.core.recipe import Recipe
 from tokenprune.eval.mini.sample import write_sample
 from tokenprune.eval.run import evaluate_recipes
 from tokenprune.eval.tasks.mini_video import score
-from tokenprune.models.loading import LoadedModel, load_model, read_media
+from tokenprune.inputs import read_media
+from tokenprune.models.load import load_model
+from tokenprune.models.loaded import LoadedModel
 
 
 def through_files(

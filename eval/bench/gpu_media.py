@@ -17,7 +17,8 @@ from tokenprune.eval.bench.overlap import FOOTAGE, Bench, Round, summary
 from tokenprune.eval.bench.random_models import QWEN2_7B, SO400M, build, llava_config
 from tokenprune.eval.bench.readers import numbers_on
 from tokenprune.media import read_video
-from tokenprune.models.loading import LoadedModel, load_outline
+from tokenprune.models.load import load_outline
+from tokenprune.models.loaded import LoadedModel
 
 __all__ = ["decode", "overlap"]
 

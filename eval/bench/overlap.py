@@ -36,7 +36,9 @@ from transformers import (
 
 from tokenprune.eval.bench.footage import Footage, make
 from tokenprune.media import stream_video
-from tokenprune.models.loading import LoadedModel, frame_size, load_outline
+from tokenprune.models.load import load_outline
+from tokenprune.models.loaded import LoadedModel
+from tokenprune.models.processors import frame_size
 from tokenprune.report.timeline import Timeline
 from tokenprune.session.session import Session
 

@@ -25,7 +25,7 @@ import typer
 from tokenprune.core.recipe import Recipe
 from tokenprune.errors import TokenPruneError
 from tokenprune.eval.run import evaluate_recipes
-from tokenprune.models.loading import DEFAULT_MODEL, load_model
+from tokenprune.models.load import DEFAULT_MODEL, load_model
 
 KEEPS = (0.5, 0.25, 0.1, 0.05)
 SEEDS = (0, 1, 2)

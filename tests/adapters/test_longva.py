@@ -28,7 +28,8 @@ from tokenprune.asking import answer
 from tokenprune.core.recipe import Recipe
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
 from tokenprune.models.convert import find_converter
-from tokenprune.models.loading import Media, load_model
+from tokenprune.models.load import load_model
+from tokenprune.models.media import Media
 
 
 @pytest.fixture
@@ -112,12 +113,12 @@ def test_a_tower_taken_for_another_is_mended(original: tuple[Path, Path], tmp_pa
     convert(source, tmp_path / "out", tower)
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     config.vision_config = transformers.TimmWrapperConfig()
-    mended = PerceptionLM.mend(config).vision_config
+    mended = PerceptionLM.fix_config(config).vision_config
 
     assert isinstance(mended, transformers.CLIPVisionConfig)
     assert (mended.hidden_size, mended.num_hidden_layers) == (32, 3)
     plain = transformers.PerceptionLMConfig()
-    assert PerceptionLM.mend(plain).vision_config.model_type == "timm_wrapper"
+    assert PerceptionLM.fix_config(plain).vision_config.model_type == "timm_wrapper"
 
 
 def test_text_model_is_the_original_s(original: tuple[Path, Path], tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from tokenprune import Session, prune
 from tokenprune.asking import ask
 from tokenprune.core.layout import TokenLayout
 from tokenprune.errors import MediaError, UnsupportedModelError
-from tokenprune.models.loading import LoadedModel, load_model, read_media
+from tokenprune.inputs import read_media
+from tokenprune.models.load import load_model
+from tokenprune.models.loaded import LoadedModel
 from tokenprune.plan.planning import plan
 from tokenprune.report.answer import Answer
 

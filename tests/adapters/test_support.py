@@ -19,7 +19,7 @@ from tokenprune import prune
 from tokenprune.adapters._support import check_architecture
 from tokenprune.adapters.base import adapter_for, list_models
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.models.loading import load_model
+from tokenprune.models.load import load_model
 
 HYBRID = {
     "layer_types": ["linear_attention", "full_attention"],

@@ -19,7 +19,7 @@ from tests.tiny import FAMILIES, decoder_of
 from tokenprune import Session, prune
 from tokenprune.engine.cache import CACHE_NAME
 from tokenprune.engine.rollback import cache_from_state, cache_state
-from tokenprune.models.loading import load_model
+from tokenprune.models.load import load_model
 
 SHORT = (*THREE, "gemma3", "qwen3_vl")
 """With windows, and with features that early layers add."""

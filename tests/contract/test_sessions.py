@@ -21,7 +21,9 @@ from tests.releases import OLD
 from tests.tiny import Tiny, decoder_of
 from tokenprune import Session
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.models.loading import LoadedModel, load_model, read_media
+from tokenprune.inputs import read_media
+from tokenprune.models.load import load_model
+from tokenprune.models.loaded import LoadedModel
 
 QUESTION = "what is it?"
 FRAMES = 7  # with groups of 4 the last one is short, and odd where two frames are joined

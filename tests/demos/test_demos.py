@@ -18,7 +18,9 @@ from tokenprune.core.recipe import Recipe
 from tokenprune.demos import first_run, long_video_qa
 from tokenprune.errors import MediaError, MissingExtraError, TokenPruneError
 from tokenprune.eval.mini.model import build_model, save
-from tokenprune.models.loading import LoadedModel, load_model, read_media
+from tokenprune.inputs import read_media
+from tokenprune.models.load import load_model
+from tokenprune.models.loaded import LoadedModel
 from tokenprune.report.answer import Answer
 
 # gradio and its client leave event loops and sockets to the garbage collector.

@@ -57,7 +57,7 @@ from tokenprune.engine.forward import Forward
 from tokenprune.engine.patch import Patch
 from tokenprune.engine.run import Run
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
-from tokenprune.models.loading import load_model
+from tokenprune.models.load import load_model
 
 FRESH = 60
 FIXED = 500

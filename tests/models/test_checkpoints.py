@@ -23,7 +23,10 @@ from tests.checkpoints import CHECKPOINTS, HEARING, SEEING, WATCHING
 from tests.tiny.base import SPECIAL, Tiny
 from tokenprune.adapters.base import adapter_for, list_models
 from tokenprune.core.layout import AUDIO, TokenLayout
-from tokenprune.models.loading import LoadedModel, Media, _process, auto_class
+from tokenprune.models.load import auto_class
+from tokenprune.models.loaded import LoadedModel
+from tokenprune.models.media import Media
+from tokenprune.models.processors import call_processor
 
 TILES_UNKNOWN = ("aya_vision", "internvl", "perception_lm")
 """Families whose models are not told how the tiles of an image lie."""
@@ -50,7 +53,7 @@ def load(folder: Path) -> tuple[Tiny, Any]:
     """The model and the processor of a checkpoint."""
     config = transformers.AutoConfig.from_pretrained(folder)
     config = getattr(config, "thinker_config", config)
-    config = list_models()[config.model_type].mend(config)
+    config = list_models()[config.model_type].fix_config(config)
     model, found = auto_class(config).from_pretrained(
         folder, config=config, output_loading_info=True
     )
@@ -61,7 +64,7 @@ def load(folder: Path) -> tuple[Tiny, Any]:
 
 def ask(processor: Any, kind: str, **media: Any) -> dict[str, Any]:
     text = LoadedModel(None, processor, "tiny").prompt([{"type": kind}], "What is it?")
-    return dict(_process(processor, text=[text], **media))
+    return dict(call_processor(processor, text=[text], **media))
 
 
 def look(tiny: Tiny, inputs: dict[str, Any]) -> tuple[TokenLayout, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import tokenprune.models.loading
+import tokenprune.models.load
 from tokenprune.asking import answer, ask, default_recipe
 from tokenprune.engine.patch import prune
 from tokenprune.errors import (
@@ -22,7 +22,11 @@ from tokenprune.errors import (
     TokenPruneError,
     UnsupportedModelError,
 )
-from tokenprune.models.loading import LoadedModel, Media, frame_size, load_model, read_media
+from tokenprune.inputs import read_media
+from tokenprune.models.load import load_model
+from tokenprune.models.loaded import LoadedModel
+from tokenprune.models.media import Media
+from tokenprune.models.processors import frame_size
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,7 @@ def test_a_missing_package_fails(copy, monkeypatch):
         raise ImportError("\nSomeTower requires the timm library. Do so with pip:\n`x`")
 
     monkeypatch.setattr(
-        tokenprune.models.loading.transformers.AutoProcessor, "from_pretrained", absent
+        tokenprune.models.load.transformers.AutoProcessor, "from_pretrained", absent
     )
     with pytest.raises(MissingExtraError, match="requires the timm library.* install that package"):
         load_model(str(copy), device="cpu")
@@ -112,7 +116,7 @@ def test_a_missing_folder_fails(tmp_path):
 
 
 def test_the_built_in_model_is_the_default(copy, monkeypatch):
-    monkeypatch.setattr(tokenprune.models.loading, "built_in_models", lambda: {"mini-video": copy})
+    monkeypatch.setattr(tokenprune.models.load, "built_in_models", lambda: {"mini-video": copy})
 
     assert load_model(device="cpu").name == "mini-video"
 
@@ -270,7 +274,7 @@ def test_a_sound_beyond_what_a_processor_takes_fails(loaded):
     one.processor.max_audio_len = 2
     media = Media(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), audio=torch.zeros(48000))
     with pytest.raises(
-        MediaError, match=r"the sound lasts 3 seconds, and .* hears at most 2; give"
+        MediaError, match=r"the audio lasts 3 seconds, and .* takes at most 2; give"
     ):
         one.encode(media, "what?")
 

@@ -14,7 +14,9 @@ from tokenprune.eval.run import evaluate_recipes
 from tokenprune.eval.tasks import mini_story
 from tokenprune.eval.tasks.mini_video import LOOKUPS, encode, samples, score
 from tokenprune.models import built_in_models
-from tokenprune.models.loading import LoadedModel, Media, load_model
+from tokenprune.models.load import load_model
+from tokenprune.models.loaded import LoadedModel
+from tokenprune.models.media import Media
 
 TYPES = {"mini-video": "qwen2_5_vl", "mini-video-llava": "llava_onevision"}
 FRAME_TOKENS = {"mini-video": 18, "mini-video-llava": 16}

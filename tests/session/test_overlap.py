@@ -21,7 +21,7 @@ from tokenprune.eval.bench.overlap import Bench, Round, build, summary
 from tokenprune.media import VideoReader, index_video
 from tokenprune.media.decode.plan import plan_units
 from tokenprune.media.sampling import choose_ranks
-from tokenprune.models.loading import load_model
+from tokenprune.models.load import load_model
 from tokenprune.report.timeline import PHASES, Timeline
 from tokenprune.report.timing import Clock, Mark
 
@@ -429,8 +429,8 @@ def test_copies_to_an_accelerator_are_pinned_and_awaited_by_no_one(loaded, files
     monkeypatch.setattr(torch.Tensor, "to", move)
     monkeypatch.setattr(type(loaded.model), "device", torch.device("cuda", 0))
     pixels, ids = torch.zeros(2, 2), torch.zeros(1, 2, dtype=torch.long)
-    loaded._place(pixels)
-    loaded._place(ids)
+    loaded.place(pixels)
+    loaded.place(ids)
 
     assert log == [
         "pin",

@@ -20,9 +20,10 @@ from tokenprune.core.context import ModelShape
 from tokenprune.engine.cache import CACHE_NAME
 from tokenprune.errors import MediaError, RecipeError, TokenPruneError, UnsupportedModelError
 from tokenprune.eval.mini.sample import write_sample
+from tokenprune.inputs import read_media
 from tokenprune.media import read_video
 from tokenprune.methods.baselines import Uniform
-from tokenprune.models.loading import load_model, read_media
+from tokenprune.models.load import load_model
 from tokenprune.session.file import identity
 
 
@@ -464,7 +465,7 @@ def test_the_mini_model_answers_in_another_process(tmp_path):
     script = (
         "import json, sys\n"
         "from tokenprune import Session\n"
-        "from tokenprune.models.loading import load_model\n"
+        "from tokenprune.models.load import load_model\n"
         "path, *questions = sys.argv[1:]\n"
         "one = load_model('mini-video', device='cpu')\n"
         "with Session.load(path, one.model, one.processor) as session:\n"

@@ -56,7 +56,8 @@ def ask(
     check_frames(frames, fps)
     check_group(group, overlay)
     from tokenprune.asking import open_source
-    from tokenprune.models.loading import check_question, load_model
+    from tokenprune.models.load import load_model
+    from tokenprune.models.prompts import check_question
 
     check_question(question)
     check_outputs(overlay, timeline)
@@ -104,7 +105,8 @@ def _refuse(file: Path, given: list[str]) -> None:
 
 def _ask_saved(file: Path, question: str, model: str | None, longest: int, as_json: bool) -> None:
     """Ask about what a session has saved."""
-    from tokenprune.models.loading import check_question, load_model
+    from tokenprune.models.load import load_model
+    from tokenprune.models.prompts import check_question
     from tokenprune.session.file import read_header
     from tokenprune.session.session import Session
 

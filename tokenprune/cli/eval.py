@@ -24,7 +24,7 @@ def evaluate(
     """Measure accuracy under recipes, on held-out questions."""
     from tokenprune.core.recipe import Recipe
     from tokenprune.eval.run import check_run, evaluate_recipes
-    from tokenprune.models.loading import load_model
+    from tokenprune.models.load import load_model
 
     recipes = [Recipe.parse(text) for text in recipe or ["none"]]
     check_run(task, frames=frames, samples=samples, seed=seed)

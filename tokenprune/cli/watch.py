@@ -34,7 +34,7 @@ def watch_video(
     check_file(video)
     check_frames(frames, fps)
     from tokenprune.asking import default_recipe
-    from tokenprune.models.loading import load_model
+    from tokenprune.models.load import load_model
     from tokenprune.session.file import check_path
     from tokenprune.session.session import Session
 

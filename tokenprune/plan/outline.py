@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 
+from tokenprune.inputs import read_media
 from tokenprune.media import SizeRule, Timings, Video, index_video
 from tokenprune.media.sampling import choose_ranks, resolve_size
-from tokenprune.models.loading import LoadedModel, Media, frame_size, read_media
+from tokenprune.models.loaded import LoadedModel
+from tokenprune.models.media import Media
+from tokenprune.models.processors import frame_size
 from tokenprune.plan.forecast import Prompt
 from tokenprune.session.positions import check_positions
 from tokenprune.session.script import FrameGroup, Pace, Script, Tokens
@@ -84,7 +87,7 @@ def prompts_in_groups(
 
 def _device(loaded: LoadedModel) -> str:
     # A processor of images wants pixels, if only black ones.
-    return "meta" if loaded.watches else "cpu"
+    return "meta" if loaded.takes_video else "cpu"
 
 
 def _write(script: Script, group: FrameGroup, *, opening: bool) -> Tokens:

@@ -11,9 +11,12 @@ from tokenprune.asking import default_recipe
 from tokenprune.core.recipe import Recipe
 from tokenprune.core.stage import EncoderStage, Stage
 from tokenprune.engine.patch import Patch
+from tokenprune.inputs import check_watchable
 from tokenprune.media.index.container import check_file
 from tokenprune.media.sampling import check_amount
-from tokenprune.models.loading import LoadedModel, check_question, check_watchable, load_outline
+from tokenprune.models.load import load_outline
+from tokenprune.models.loaded import LoadedModel
+from tokenprune.models.prompts import check_question
 from tokenprune.plan.flops import prefill_flops
 from tokenprune.plan.forecast import Forecast, Prompt, forecast_all
 from tokenprune.plan.outline import outline_media, prompt_of, prompts_in_groups

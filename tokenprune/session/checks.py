@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokenprune.core.recipe import Recipe
 from tokenprune.errors import RecipeError, TokenPruneError, UnsupportedModelError
-from tokenprune.models.loading import LoadedModel
+from tokenprune.models.loaded import LoadedModel
 from tokenprune.session.script import temporal_patch
 
 __all__ = ["check_group", "check_session", "check_watches"]

@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.models.loading import LoadedModel
+from tokenprune.models.loaded import LoadedModel
 from tokenprune.session.script import Script, Tokens
 
 __all__ = ["check_positions", "prompt_positions"]

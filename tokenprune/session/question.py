@@ -11,7 +11,7 @@ from tokenprune.engine.cache import CACHE_NAME, CACHE_NAMES
 from tokenprune.engine.patch import Patch
 from tokenprune.engine.rollback import Bookmark
 from tokenprune.errors import TokenPruneError
-from tokenprune.models.loading import LoadedModel
+from tokenprune.models.loaded import LoadedModel
 from tokenprune.report.report import Report
 from tokenprune.session.positions import prompt_positions
 from tokenprune.session.script import Tokens

@@ -18,7 +18,8 @@ from transformers.video_utils import VideoMetadata
 
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
 from tokenprune.media import Timings, Video, VideoInfo
-from tokenprune.models.loading import LoadedModel, Media
+from tokenprune.models.loaded import LoadedModel
+from tokenprune.models.media import Media
 
 __all__ = ["FrameGroup", "Pace", "Script", "Tokens", "temporal_patch"]
 
@@ -250,8 +251,8 @@ class Script:
     def _around(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """What of the text before and after the media the processor leaves as it is."""
         processor, loaded = self._loaded.processor, self._loaded
-        kind = "video" if loaded.watches else "image"
-        parts = 1 if loaded.watches else self._length
+        kind = "video" if loaded.takes_video else "image"
+        parts = 1 if loaded.takes_video else self._length
         content = [{"type": kind}] * parts + [{"type": "text", "text": _ANY_QUESTION}]
         text = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False

@@ -16,7 +16,8 @@ from tokenprune.core.stage import Method
 from tokenprune.engine.patch import Patch
 from tokenprune.errors import MediaError, TokenPruneError
 from tokenprune.media.decode.pool import WorkerKind
-from tokenprune.models.loading import LoadedModel, check_question
+from tokenprune.models.loaded import LoadedModel
+from tokenprune.models.prompts import check_question
 from tokenprune.report.answer import SECONDS, Answer
 from tokenprune.report.report import KVBytes, MediaTokens, Report, total
 from tokenprune.report.timeline import Timeline

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from tokenprune.engine.cache import new_cache
 from tokenprune.engine.rollback import cache_from_state, cache_state
 from tokenprune.errors import TokenPruneError
-from tokenprune.models.loading import LoadedModel
+from tokenprune.models.loaded import LoadedModel
 from tokenprune.report.report import KVBytes, MediaTokens
 from tokenprune.report.timeline import Phases
 from tokenprune.session.script import Pace, Script, Tokens

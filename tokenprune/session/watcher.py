@@ -20,7 +20,8 @@ from tokenprune.engine.run import Given
 from tokenprune.errors import MediaError, UnsupportedModelError
 from tokenprune.media import stream_video
 from tokenprune.media.decode.pool import WorkerKind
-from tokenprune.models.loading import LoadedModel, frame_size
+from tokenprune.models.loaded import LoadedModel
+from tokenprune.models.processors import frame_size
 from tokenprune.report.report import Report
 from tokenprune.report.timing import Clock
 from tokenprune.session.checks import check_group
