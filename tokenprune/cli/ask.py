@@ -44,8 +44,10 @@ def ask(
     if max_new_tokens < 1:
         raise TokenPruneError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
     from tokenprune.media.index.container import check_file
+    from tokenprune.models.prompts import check_question
 
     check_file(file)
+    check_question(question)
     if file.suffix == ".safetensors":
         settled: dict[str, object] = {"recipe": recipe, "frames": frames, "fps": fps}
         settled |= {"group": group, "overlay": overlay, "timeline": timeline}
@@ -57,9 +59,7 @@ def ask(
     check_group(group, overlay)
     from tokenprune.asking import open_source
     from tokenprune.models.load import load_model
-    from tokenprune.models.prompts import check_question
 
-    check_question(question)
     check_outputs(overlay, timeline)
     chosen = parse_recipe(recipe, in_groups=group is not None)
     with progress(quiet=as_json) as tell:
@@ -106,11 +106,9 @@ def _refuse(file: Path, given: list[str]) -> None:
 def _ask_saved(file: Path, question: str, model: str | None, longest: int, as_json: bool) -> None:
     """Ask about what a session has saved."""
     from tokenprune.models.load import load_model
-    from tokenprune.models.prompts import check_question
     from tokenprune.session.file import read_header
     from tokenprune.session.session import Session
 
-    check_question(question)
     name = read_header(file)["model"]
     with progress(quiet=as_json) as tell:
         tell("loading the model")
