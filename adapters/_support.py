@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any, Final
 
 from tokenprune.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 __all__ = ["check_architecture"]
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from tokenprune.adapters._support import check_architecture
 from tokenprune.core.context import ModelShape
-from tokenprune.core.layout import MODALITIES, Modality, TokenLayout
-from tokenprune.errors import MediaError, UnsupportedModelError
+from tokenprune.core.layout import Modality
+from tokenprune.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Adapter", "Item", "MediaCall", "Tower", "adapter_for", "list_models"]
 
@@ -29,7 +30,7 @@ class MediaCall:
         modality: What was encoded.
         arguments: The bound arguments of `get_image_features` and its kin.
         maps: By the name of an encoder stage: one `[Nv]` float32 map a view, in encoding order.
-        items: What it encoded; filled in by `Adapter.layouts`.
+        items: What it encoded; filled in by `engine.layouts.lay_out`.
     """
 
     modality: Modality
@@ -286,161 +287,6 @@ class Adapter(ABC):
         """The pixels below each encoder token, `[Nv, pixels]` 0..255 a view; None if unknown."""
         return None
 
-    # -- for the engine
-
-    def layouts(
-        self,
-        input_ids: Tensor,
-        calls: list[MediaCall],
-        prompt: dict[str, Any],
-        offset: int = 0,
-        frame_seconds: Sequence[Tensor] | None = None,
-    ) -> list[tuple[TokenLayout, list[tuple[int, int]]]]:
-        """Lay out the media tokens of every row of a batch.
-
-        With beams or several return sequences a sample fills adjacent rows but was encoded once.
-
-        Args:
-            input_ids: `[B, S]` with placeholders.
-            calls: The encoder calls since the last prompt.
-            prompt: As in `items`.
-            offset: Index of the first token of `input_ids` in the logical sequence.
-            frame_seconds: For each clip `[F]` float64, when its pictures are shown; for each image
-                in a family that knows no video. They count where the model is not told.
-
-        Returns:
-            For each row its layout, on the CPU, and its items as (call, item of the call) pairs:
-            `layout.item` counts them.
-
-        Raises:
-            UnsupportedModelError: Placeholders and encoded items do not fit together.
-            MediaError: `frame_seconds` does not fit the clips.
-        """
-        ids = input_ids.cpu()
-        queues: dict[Modality, list[_Queued]] = {name: [] for name in self.modalities}
-        for call in calls:
-            call.items = self.items(call, prompt)
-        if frame_seconds is not None:
-            self._date(ids, calls, frame_seconds)
-        for number, call in enumerate(calls):
-            for place, item in enumerate(call.items):
-                queues[call.modality].append(_Queued(call.modality, number, place, item))
-        rows: list[list[_Placed]] = [[] for _ in ids]
-        types = prompt.get("mm_token_type_ids")
-        types = types.cpu() if types is not None and types.shape == ids.shape else None
-        for modality, held in self.placeholders(ids, types).items():
-            # With beams, pictures were encoded once a sample, but sound may be encoded once a row.
-            repeats = self._repeats(held, modality, queues[modality])
-            for b, row in enumerate(held):
-                if b % repeats == 0:
-                    taken = self._take(row.nonzero()[:, 0], queues[modality])
-                rows[b] += taken
-        return [self._layout(placed, offset) for placed in rows]
-
-    def _date(self, ids: Tensor, calls: list[MediaCall], clips: Sequence[Tensor]) -> None:
-        """Give items the times of their frames where the model is not told."""
-        kind = "video" if "video" in self.modalities else "image"
-        shown = [call for call in calls if call.modality == kind]
-        count = sum(len(call.items) for call in shown)
-        # Older releases of transformers encode clips once a beam, in adjacent rows.
-        repeats = count // len(clips) if clips else 0
-        beams = ids[::repeats].repeat_interleave(repeats, dim=0) if repeats > 1 else ids
-        if count != repeats * len(clips) or not torch.equal(beams, ids):
-            raise MediaError(
-                f"frame_seconds has the times of {len(clips)} {kind}s, but the prompt has {count}; "
-                f"give one list for each {kind}, in the order of the prompt"
-            )
-        given = (clip for clip in clips for _ in range(repeats))
-        for call in shown:
-            call.items = [
-                self._dated(item, seconds) for item, seconds in zip(call.items, given, strict=False)
-            ]
-
-    def _dated(self, item: Item, seconds: Tensor) -> Item:
-        times, frame = self.frame_times(seconds), item.frame.clamp_min(0)
-        if len(times) != int(frame.max()) + 1:
-            raise MediaError(
-                f"frame_seconds has {len(seconds)} times for a clip that the model sees as "
-                f"{int(frame.max()) + 1} frames; give one time for each picture that the processor "
-                "was given"
-            )
-        return replace(item, seconds=torch.where(item.seconds.isnan(), times[frame], item.seconds))
-
-    def _repeats(self, held: Tensor, modality: Modality, queue: list[_Queued]) -> int:
-        """How many adjacent rows share one sample.
-
-        Args:
-            held: `[B, S]` bool, where the placeholders are.
-        """
-        placeholders = int(held.sum())
-        encoded = sum(len(queued.item.real) for queued in queue)
-        if placeholders in (0, encoded):  # what is left of an earlier prompt is no part of this one
-            return 1
-        repeats = placeholders // max(1, encoded)
-        if repeats and placeholders == encoded * repeats and len(held) % repeats == 0:
-            return repeats
-        raise UnsupportedModelError(
-            f"the prompt holds {placeholders} {modality} placeholders, but {encoded} {modality} "
-            "tokens were encoded; let the model's processor expand the placeholders, give media as "
-            "pixels or sound, not as features, and all in one prefill (prefill_chunk_size=None)"
-        )
-
-    def _take(self, where: Tensor, queue: list[_Queued]) -> list[_Placed]:
-        """Take the items of one row, whose placeholders lie at `where`, off the queue."""
-        placed = []
-        while len(where):
-            length = len(queue[0].item.real) if queue else 0
-            if not 0 < length <= len(where):
-                raise UnsupportedModelError(
-                    "the placeholders of a row of the batch do not hold whole images, clips or "
-                    "sounds; give media in the order of the rows"
-                )
-            placed.append(_Placed(queue.pop(0), where[:length]))
-            where = where[length:]
-        return placed
-
-    def _layout(
-        self, placed: list[_Placed], offset: int
-    ) -> tuple[TokenLayout, list[tuple[int, int]]]:
-        placed = sorted(placed, key=lambda one: int(one.where[0]))
-        columns: list[list[Tensor]] = [[] for _ in range(8)]
-        canvases = 0
-        for number, (queued, where) in enumerate(placed):
-            item = queued.item
-            position = where[item.real] + offset
-            parts = (
-                position,
-                torch.full_like(position, MODALITIES[queued.modality]),
-                torch.full_like(position, number),
-                item.canvas + canvases,
-                item.frame,
-                item.row,
-                item.column,
-                item.seconds,
-            )
-            for column, part in zip(columns, parts, strict=True):
-                column.append(part)
-            canvases += int(item.canvas.max()) + 1 if len(item.canvas) else 0
-        if not placed:
-            none = torch.zeros(0, dtype=torch.int64)
-            return TokenLayout(*[none] * 7 + [none.to(torch.float64)]), []
-        layout = TokenLayout(*(torch.cat(column) for column in columns))
-        # Audio inside a video interleaves two items.
-        layout = layout[layout.position.argsort()]
-        return layout, [(queued.call, queued.place) for queued, _ in placed]
-
-
-class _Queued(NamedTuple):
-    modality: Modality
-    call: int
-    place: int
-    item: Item
-
-
-class _Placed(NamedTuple):
-    queued: _Queued
-    where: Tensor
-
 
 def list_models() -> dict[str, type[Adapter]]:
     """All adapters by `config.model_type`."""
@@ -457,6 +303,8 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
     Raises:
         UnsupportedModelError: No adapter serves its type, or none could.
     """
+    from transformers import PreTrainedConfig  # heavy
+
     config = getattr(model, "config", None)
     if isinstance(config, PreTrainedConfig):
         check_architecture(config)

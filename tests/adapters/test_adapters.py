@@ -40,6 +40,7 @@ from tokenprune.adapters.base import Adapter, MediaCall, adapter_for, list_model
 from tokenprune.adapters.qwen2_audio import sounds
 from tokenprune.core.layout import AUDIO, MODALITIES, VIDEO, TokenLayout
 from tokenprune.core.layout import IMAGE as PICTURE
+from tokenprune.engine.layouts import lay_out
 from tokenprune.errors import UnsupportedModelError
 
 CHANNELS = 4
@@ -133,7 +134,7 @@ def look(tiny: Tiny, inputs: dict[str, Any]) -> tuple[Adapter, Seen]:
 
 
 def layouts(adapter: Adapter, seen: Seen, inputs: dict[str, Any]) -> list[TokenLayout]:
-    return [one for one, _ in adapter.layouts(inputs["input_ids"], seen.calls, seen.prompt)]
+    return [one for one, _ in lay_out(adapter, inputs["input_ids"], seen.calls, seen.prompt)]
 
 
 # -- painting
@@ -597,7 +598,7 @@ def test_align_packs_a_map_as_the_model_packs_a_feature(name: str, batched: bool
     with watching(tiny) as seen, Paint(tiny, values) as paint:
         tiny.model(**inputs)
     adapter = adapter_for(tiny.model)
-    rows = adapter.layouts(inputs["input_ids"], seen.calls, seen.prompt)
+    rows = lay_out(adapter, inputs["input_ids"], seen.calls, seen.prompt)
     aligned = {}
     for number, call in enumerate(seen.calls):
         if call.modality != "audio":
@@ -856,7 +857,7 @@ def test_placeholders_without_media_fail(name: str) -> None:
     fewer[0, layout.position[3]] = 7
     for calls, ids in (([], inputs["input_ids"]), (seen.calls, fewer)):
         with pytest.raises(UnsupportedModelError, match=r"placeholders.*expand the placeholders"):
-            adapter.layouts(ids, calls, {**seen.prompt, "input_ids": ids})
+            lay_out(adapter, ids, calls, {**seen.prompt, "input_ids": ids})
 
 
 def test_media_that_straddle_rows_fail() -> None:
@@ -865,7 +866,7 @@ def test_media_that_straddle_rows_fail() -> None:
     ids = torch.full((2, 20), 7)
     ids[0, :12] = ids[1, :] = IMAGE
     with pytest.raises(UnsupportedModelError, match="whole images, clips or sounds"):
-        adapter.layouts(ids, seen.calls, {})
+        lay_out(adapter, ids, seen.calls, {})
 
 
 @pytest.mark.parametrize("name", ["llava", "internvl", *SOUND_ONLY])
@@ -875,7 +876,7 @@ def test_text_alone_has_no_media(name: str) -> None:
     adapter, seen = look(tiny, tiny.inputs())
     ids = torch.full((1, 9), 7)
     for calls in ([], seen.calls):
-        ((layout, items),) = adapter.layouts(ids, calls, {"input_ids": ids})
+        ((layout, items),) = lay_out(adapter, ids, calls, {"input_ids": ids})
         assert len(layout) == 0
         assert items == []
 
@@ -885,7 +886,7 @@ def test_offset_moves_positions() -> None:
     inputs = tiny.inputs()
     adapter, seen = look(tiny, inputs)
     (layout,) = layouts(adapter, seen, inputs)
-    ((moved, _),) = adapter.layouts(inputs["input_ids"], seen.calls, seen.prompt, offset=100)
+    ((moved, _),) = lay_out(adapter, inputs["input_ids"], seen.calls, seen.prompt, offset=100)
     assert_same(moved, layout, 100)
 
 
@@ -936,7 +937,7 @@ def test_one_placeholder_a_sound_fails() -> None:
     adapter, seen = look(tiny, inputs)
     prompt = {**seen.prompt, "input_ids": torch.tensor([[5, 157, 6, 155, 7]])}
     with pytest.raises(UnsupportedModelError, match="expand the placeholders"):
-        adapter.layouts(prompt["input_ids"], seen.calls, prompt)
+        lay_out(adapter, prompt["input_ids"], seen.calls, prompt)
 
 
 def test_sound_of_unknown_length_fails() -> None:
@@ -944,7 +945,7 @@ def test_sound_of_unknown_length_fails() -> None:
     inputs = tiny.inputs()
     adapter, seen = look(tiny, inputs)
     with pytest.raises(UnsupportedModelError, match="feature_attention_mask"):
-        adapter.layouts(inputs["input_ids"], seen.calls, {"input_ids": inputs["input_ids"]})
+        lay_out(adapter, inputs["input_ids"], seen.calls, {"input_ids": inputs["input_ids"]})
 
 
 def test_pixtral_pictures_keep_their_shapes() -> None:
@@ -989,7 +990,7 @@ def test_tiles_without_a_mark_after_them_are_images_of_their_own() -> None:
     tiny = build("aya_vision")
     adapter, seen = look(tiny, tiny.inputs())
     ids = torch.tensor([[IMAGE] * 36])
-    ((layout, _),) = adapter.layouts(ids, seen.calls, {"input_ids": ids})
+    ((layout, _),) = lay_out(adapter, ids, seen.calls, {"input_ids": ids})
     assert torch.bincount(layout.item).tolist() == [4] * 9
 
 

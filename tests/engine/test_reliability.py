@@ -52,6 +52,7 @@ from tokenprune.adapters.base import Adapter, adapter_for
 from tokenprune.core.recipe import Recipe
 from tokenprune.core.stage import EncoderStage
 from tokenprune.engine import patch as patching
+from tokenprune.engine import prefill
 from tokenprune.engine.cache import CACHE_NAME, PrunedLayer
 from tokenprune.engine.forward import Forward
 from tokenprune.engine.patch import Patch
@@ -216,7 +217,7 @@ def failing(
         elif place == "encoder":
             stack.callback(chance.choice(towers(adapter)).register_forward_hook(fuse).remove)
         elif place == "layout":
-            patched.setattr(Adapter, "layouts", guarded(Adapter.layouts, fuse))
+            patched.setattr(prefill, "lay_out", guarded(prefill.lay_out, fuse))
         elif place == "cache":
             method = chance.choice(["update", "select"])
             patched.setattr(PrunedLayer, method, guarded(getattr(PrunedLayer, method), fuse))

@@ -19,6 +19,7 @@ from tokenprune.core.site import Input
 from tokenprune.core.stage import Stage
 from tokenprune.engine.cache import PrunedLayer
 from tokenprune.engine.flight import Flight
+from tokenprune.engine.layouts import lay_out
 from tokenprune.engine.prompt import Prompt, Sample
 from tokenprune.engine.signals import EncoderMaps, StoredEntries, columns_of
 from tokenprune.errors import RecipeError
@@ -45,7 +46,7 @@ class Prefill:
         self._shape = shape = adapter.shape
         self._past = past
         ids, calls, times = prompt.input_ids, prompt.calls, prompt.frame_seconds
-        laid_out = adapter.layouts(ids, calls, prompt.arguments, past, times)
+        laid_out = lay_out(adapter, ids, calls, prompt.arguments, past, times)
         self.call = Call(layouts=[layout for layout, _ in laid_out], length=0)
         maps = EncoderMaps(adapter, calls)
         device, length = ids.device, ids.shape[1]

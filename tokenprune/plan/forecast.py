@@ -36,7 +36,7 @@ class Prompt:
         adapter: Of the model, whose parameters need no data.
         inputs: What the processor made; `input_ids` `[1, S]` on the CPU.
         calls: The encoder calls that the model will make.
-        frame_seconds: When frames are shown, as `Adapter.layouts` takes it.
+        frame_seconds: When frames are shown, as `lay_out` takes it.
         takes_back: Tokens at the end of the prompt before it that are forgotten for this one.
     """
 
