@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPVisionConfig
 
+from tokenprune.adapters._longva_processor import LongVAImageProcessor, LongVAProcessor
 from tokenprune.adapters._pixels import CLIP, HALF, Normalisation, patches
 from tokenprune.adapters.base import Adapter, Item, MediaCall, Tower
-from tokenprune.adapters.longva import LongVAImageProcessor, LongVAProcessor
 from tokenprune.core.indices import runs
 from tokenprune.core.layout import Modality
 
@@ -31,10 +31,10 @@ class PerceptionLM(Adapter):
 
     @classmethod
     def fix_config(cls, config: Any) -> Any:
-        told = getattr(config, "clip_config", None)
-        if told and not isinstance(config.vision_config, CLIPVisionConfig):
+        clip = getattr(config, "clip_config", None)
+        if clip and not isinstance(config.vision_config, CLIPVisionConfig):
             # Early releases of transformers take every tower for one of timm's.
-            config.vision_config = CLIPVisionConfig(**told)
+            config.vision_config = CLIPVisionConfig(**clip)
         return config
 
     @classmethod

@@ -22,7 +22,8 @@ from tests.checkpoints.base import tokenizer
 from tests.checkpoints.llava_kin import save_longva_tower, save_original_longva
 from tests.tiny import IMAGE, VIDEO, VOCABULARY, build
 from tokenprune import prune
-from tokenprune.adapters.longva import LongVAProcessor, convert
+from tokenprune.adapters._longva_processor import LongVAProcessor
+from tokenprune.adapters.longva import convert
 from tokenprune.adapters.perception_lm import PerceptionLM
 from tokenprune.asking import answer
 from tokenprune.core.recipe import Recipe
