@@ -387,9 +387,8 @@ def padding_takes_attention(patch: pytest.MonkeyPatch) -> None:
 def class_token_left_in_the_softmax(patch: pytest.MonkeyPatch) -> None:
     """Its column is dropped, but rows are not normalised again."""
 
-    def faulty(self: StreamedView, query: Any, view: int) -> Any:
-        key = self._key[view : view + 1]
-        scores = (query @ key.transpose(2, 3)).float() * self._scaling
+    def faulty(self: StreamedView, query: Any, views: slice) -> Any:
+        scores = (query @ self._key[views].transpose(2, 3)).float() * self._scaling
         yield scores.softmax(dim=-1).mean(dim=1)[..., self._prefix :]
 
     patch.setattr(StreamedView, "_blocks", faulty)

@@ -24,6 +24,9 @@ from tokenprune.report.timing import Mark
 
 __all__ = ["EncoderCalls"]
 
+_HELD_ELEMENTS = 1 << 22
+"""Queries and keys that wait to be scored together: in float32, 16 MiB."""
+
 
 class EncoderCalls:
     """The encoder calls of the prompt at hand.
@@ -42,6 +45,8 @@ class EncoderCalls:
         self._used: set[Modality] = set()
         self._current: MediaCall | None = None
         self._patches: tuple[MediaCall, list[Tensor]] | None = None
+        self._views: list[tuple[Tensor, Tensor]] = []  # queries and keys of views of one size
+        self._tower: tuple[Tower, float | None] | None = None  # of these views, with its scaling
         self._prompt: dict[str, Any] = {}
 
     # -- calls
@@ -78,8 +83,10 @@ class EncoderCalls:
                 self._current = call
                 try:
                     result = encode(*args, **kwargs)
+                    self._score_views()
                 finally:
                     self._current = self._patches = None
+                    self._views.clear()
                 if kind in self._used:  # a new prompt; others may have been encoded ahead
                     self._calls = [old for old in self._calls if old.modality != kind]
                     self._used.discard(kind)
@@ -154,22 +161,49 @@ class EncoderCalls:
 
     @torch.no_grad()
     def _read(self, tower: Tower, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
-        """Let the encoder stages make their maps of one attention, `[W, heads, P + Nv, d]`."""
+        """Read one attention of a tower, `[W, heads, P + Nv, d]`, once with others like it.
+
+        Towers for pictures of any size attend view by view; to score each alone would take longer
+        than to encode it.
+        """
         call = self._current
         if call is None:
             return
         lengths = self._adapter.view_lengths(call)
         if lengths is None and (boundaries := kwargs.get("cu_seq_lens_q")) is not None:
             lengths = boundaries.diff().tolist()
-        padding = self._adapter.padding(call)
-        for one_query, one_key in split_views(query, key, lengths):
-            scaling, prefix = kwargs.get("scaling"), tower.prefix_tokens
-            view = StreamedView(one_query, one_key, scaling, prefix, padding)
-            for stage in self._stages:
-                if call.modality in stage.modalities:
-                    maps = call.maps.setdefault(stage.name, [])
-                    grey = functools.partial(self._grey, call, len(maps), view.views)
-                    maps.extend(stage.importance(view, grey).unbind())
+        kind, padding = (tower, kwargs.get("scaling")), self._adapter.padding(call)
+        for views in split_views(query, key, lengths):
+            alike = self._views and self._views[0][0].shape[1:] == views[0].shape[1:]
+            if not alike or self._tower != kind or self._held() > _HELD_ELEMENTS:
+                self._score_views()
+            self._views.append(views)
+            self._tower = kind
+            if padding is not None:
+                self._score_views(padding)
+
+    def _held(self) -> int:
+        return sum(query.numel() + key.numel() for query, key in self._views)
+
+    @torch.no_grad()
+    def _score_views(self, padding: Tensor | None = None) -> None:
+        """Let the encoder stages make their maps of the views that were read.
+
+        Args:
+            padding: As `Adapter.padding` gives it.
+        """
+        call = self._current
+        if not self._views or self._tower is None or call is None:
+            return
+        query, key = (torch.cat(parts) for parts in zip(*self._views, strict=True))
+        self._views.clear()
+        tower, scaling = self._tower
+        view = StreamedView(query, key, scaling, tower.prefix_tokens, padding)
+        for stage in self._stages:
+            if call.modality in stage.modalities:
+                maps = call.maps.setdefault(stage.name, [])
+                grey = functools.partial(self._grey, call, len(maps), view.views)
+                maps.extend(stage.importance(view, grey).unbind())
 
     def _grey(self, call: MediaCall, first: int, views: int) -> Tensor:
         """The pixels below each token of some views, `[W, Nv, pixels]`."""

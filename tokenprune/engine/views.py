@@ -50,35 +50,56 @@ class StreamedView(EncoderView):
 
     def received(self) -> Tensor:
         total = torch.zeros(self.views, self.tokens, device=self._query.device)
-        for view in range(self.views):
-            every = self._query[view : view + 1]
-            if self._padding is not None:
-                every = every[:, :, ~self._padding[view]]
-            for attention in self._blocks(every, view):
-                total[view] += attention[0].sum(dim=0)
+        for views in self._groups(self.tokens):
+            query = self._query[views]
+            if self._padding is not None:  # a group is one view, then
+                query = query[:, :, ~self._padding[views.start]]
+            for attention in self._blocks(query, views):
+                total[views] += attention.sum(dim=1)
         return total
 
     def rows(self, queries: Tensor) -> Tensor:
         index = queries[:, None, :, None].expand(-1, self._query.shape[1], -1, self._query.shape[3])
         picked = self._query.gather(2, index)  # [W, heads, R, d]
         return torch.cat(
-            [torch.cat(list(self._blocks(picked[w : w + 1], w)), dim=1) for w in range(self.views)]
+            [
+                torch.cat(list(self._blocks(picked[views], views)), dim=1)
+                for views in self._groups(queries.shape[1])
+            ]
         )
 
-    def _blocks(self, query: Tensor, view: int) -> Iterator[Tensor]:
-        """Attention in a view, averaged over heads, `[1, rows, Nv]` float32, for blocks of rows."""
-        key = self._key[view].transpose(1, 2)  # [heads, d, P + Nv]
-        heads, rows, _ = query.shape[1:]
-        limit = _BLOCK_ELEMENTS_CPU if key.device.type == "cpu" else _BLOCK_ELEMENTS
-        step = max(1, limit // (heads * key.shape[2]))
+    def _groups(self, rows: int) -> Iterator[slice]:
+        """Views that are worked on at once: as many as fit into a block with all their rows."""
+        several = self._limit() // max(1, rows * self._key.shape[1] * self._key.shape[2])
+        step = 1 if self._padding is not None else max(1, several)
+        for start in range(0, self.views, step):
+            yield slice(start, start + step)
+
+    def _limit(self) -> int:
+        return _BLOCK_ELEMENTS_CPU if self._key.device.type == "cpu" else _BLOCK_ELEMENTS
+
+    def _blocks(self, query: Tensor, views: slice) -> Iterator[Tensor]:
+        """Attention in some views, averaged over heads, in blocks of rows.
+
+        Args:
+            query: `[V, heads, R, d]`.
+            views: Which `V` views.
+
+        Yields:
+            `[V, rows, Nv]` float32.
+        """
+        key = self._key[views].transpose(2, 3).flatten(0, 1)  # [V * heads, d, P + Nv]
+        several, heads, rows, _ = query.shape
+        step = max(1, self._limit() // (len(key) * key.shape[2]))
         for start in range(0, rows, step):
-            block = query[0, :, start : start + step]
+            block = query[:, :, start : start + step].flatten(0, 1)  # [V * heads, rows, d]
             # One pass for the product and its scaling: what is added counts for nothing.
-            nothing = key.new_zeros(()).expand(heads, block.shape[1], key.shape[2])
+            nothing = key.new_zeros(()).expand(len(key), block.shape[1], key.shape[2])
             scores = torch.baddbmm(nothing, block, key, beta=0, alpha=self._scaling)
             if self._padding is not None:
-                scores[..., self._prefix :].masked_fill_(self._padding[view], -torch.inf)
-            attention = scores.softmax(dim=-1, dtype=torch.float32).mean(dim=0, keepdim=True)
+                scores[..., self._prefix :].masked_fill_(self._padding[views.start], -torch.inf)
+            scores = scores.unflatten(0, (several, heads))
+            attention = scores.softmax(dim=-1, dtype=torch.float32).mean(dim=1)
             if self._prefix:
                 # A class token takes its share of the softmax, but is no patch to be kept.
                 attention = attention[..., self._prefix :]
