@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -20,10 +21,16 @@ from tests.releases import NEWEST, RELEASE
 from tests.tiny import NAMES, build, decoder_of
 from tokenprune import Recipe, prune
 from tokenprune.adapters.base import adapter_for
-from tokenprune.core.stage import EncoderStage
+from tokenprune.asking import ask
+from tokenprune.core.budget import allocate
+from tokenprune.core.context import CacheContext
+from tokenprune.core.selection import Selection
+from tokenprune.core.selectors import top_per_group
+from tokenprune.core.site import Cache, Input, Layer, Site
+from tokenprune.core.stage import EncoderStage, Stage
 from tokenprune.errors import MediaError, RecipeError, TokenPruneError, UnsupportedModelError
 from tokenprune.media.decode.pool import FrameDecoder
-from tokenprune.models.loading import load_outline
+from tokenprune.models.load import load_model, load_outline
 from tokenprune.plan.flops import _pairs, prefill_flops
 from tokenprune.plan.forecast import Prompt, forecast
 from tokenprune.plan.planning import plan
@@ -175,6 +182,51 @@ def test_plans_in_groups_refuse_what_sessions_do(checkpoint, files, command):
         plan(files.sound, str(checkpoint("qwen2_audio")), group=4, recipe="none")
     ran = command("plan", files.video, "--model", model, "--group", 0)
     assert ran.code == 2 and "--group must be at least 1, got 0" in ran.error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Brightest(Stage, part=True):
+    """A method of others: settings of other names, and a look at features."""
+
+    of_each_frame: float = 0.3
+    where: Site = Input()
+
+    @property
+    def site(self) -> Site:
+        return self.where
+
+    def budget(self, layout, rows=None):
+        return allocate(self.of_each_frame, "frame", layout, rows)
+
+    def select(self, context):
+        if isinstance(context, CacheContext):
+            brightness, rows = context.keys.sum(dim=-1), context.rows
+        else:
+            brightness, rows = context.features.sum(dim=-1), None
+        return Selection(top_per_group(brightness, self.budget(context.layout, rows)))
+
+
+BESIDE = {
+    # What a method of others acts after, where, what acts after it; and whether that is certain.
+    ("none", Input(), "uniform(keep=0.5)"): True,
+    ("uniform(keep=0.9)", Layer(2), "random(keep=0.7 at=cache)"): True,
+    ("uniform(keep=0.9)", Cache(), "none"): True,
+    # A budget over the prompt says nothing of its frames.
+    ("vflowopt(keep=0.5 per=prompt)", Cache(), "none"): False,
+}
+
+
+@pytest.mark.parametrize("before, where, after", BESIDE)
+def test_a_method_of_others_is_planned_as_it_runs(before, where, after, checkpoint, files):
+    recipe = Recipe(before, Brightest(where=where), after)
+    name = str(checkpoint("llava_onevision"))
+    planned = plan(files.video, name, recipe=recipe, frames=5, question="what is it?")
+    found = ask(load_model(name), files.video, "what is it?", recipe=recipe, frames=5)
+
+    assert planned.exact == BESIDE[before, where, after]
+    if planned.exact:
+        assert planned.media_tokens == found.media_tokens
+        assert planned.kv_bytes == found.kv_bytes
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_omni_moe"])
