@@ -27,7 +27,7 @@ from tokenprune.eval.bench.footage import make
 from tokenprune.media.decode.plan import plan_units
 from tokenprune.media.decode.rows import Rows
 from tokenprune.media.decode.worker import UnitDecoder
-from tokenprune.media.index.index import index_video
+from tokenprune.media.index.build import index_video
 
 MOST_CORES = 64
 

@@ -12,12 +12,12 @@ from tests.media.clips import KINDS, Clip, decode_sequentially, read_number
 from tests.media.corpus import CORPUS
 from tokenprune.media import read_video, stream_video
 
-SIZE = (112, 192)  # of the pictures of most clips; the others are scaled to it
+SIZE = (112, 192)  # of the frames of most clips; the others are scaled to it
 SHORT, LONG = 72, 300
-# These are shown otherwise than a plain loop over the file's pictures gives them.
+# These are displayed otherwise than a plain decode gives them.
 ELSEWISE = {"h264_turned_90", "h264_turned_180"}
-# Their pictures have no times, or times that fall back.
-UNTOLD = {
+# Their frames have no PTS, or PTS that fall back.
+WITHOUT_PTS = {
     "h264_asf",
     "h264_ts_other_size",
     "h264_twin_times",
@@ -83,12 +83,12 @@ def test_every_gap_is_sought(kind, made, clip, monkeypatch):
 
 @pytest.mark.parametrize("kind", CORPUS)
 def test_times_are_the_file_s(kind, made):
-    """As a plain loop over its pictures tells them, where that tells each one's."""
+    """As a plain decode gives PTS, where it gives them to every frame."""
     path = made(kind, SHORT).path
     with av.open(str(path)) as container:
-        plain = [picture.time for picture in container.decode(video=0)]
+        plain = [frame.time for frame in container.decode(video=0)]
     if None in plain or (np.diff(plain) <= 0).any():
-        assert kind in UNTOLD
+        assert kind in WITHOUT_PTS
         return
     video = read_video(path, frames=10_000, size=(8, 8))
     assert video.pts_seconds.numpy() == pytest.approx(np.array(plain) - plain[0], abs=1e-6)
@@ -97,7 +97,7 @@ def test_times_are_the_file_s(kind, made):
 @pytest.mark.full
 @pytest.mark.parametrize("kind", CORPUS)
 def test_long_files(kind, made):
-    """Many groups: few frames, each alone, and a stream on several workers."""
+    """Many GOPs: few frames, each alone, and a stream on several workers."""
     clip = made(kind, LONG)
     count = len(clip.numbers)
     wanted = np.random.default_rng(1).permutation(count)[:40].tolist()
@@ -127,7 +127,7 @@ def test_each_frame_alone(kind, made):
 
 
 def test_frames_that_share_a_time(made):
-    """Times tell them from no other, so that they are counted; none is left out."""
+    """PTS do not identify them, so they are counted; none is left out."""
     clip = made("h264_twin_times", SHORT)
     assert numbers_on(read_video(clip.path, frames=2).frames) == [0, SHORT - 1]
     assert numbers_on(read_video(clip.path, seconds=[0.0, 0.07]).frames) == [1, 3]

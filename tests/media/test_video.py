@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.media.clips import read_number
-from tokenprune import media
 from tokenprune.errors import DecodeError, MediaError
 from tokenprune.media import index_video, probe, read_video, stream_video
+from tokenprune.media.decode.frames import Resizer
 from tokenprune.media.decode.pool import FrameDecoder
 from tokenprune.media.decode.rows import _block
 from tokenprune.media.reader import group_bounds
@@ -236,7 +236,7 @@ def test_worker_error_reaches_the_caller(clip, monkeypatch):
     def fail(*_):
         raise RuntimeError("no more memory")
 
-    monkeypatch.setattr(media.pictures.Resizer, "__call__", fail)
+    monkeypatch.setattr(Resizer, "__call__", fail)
     with pytest.raises(DecodeError, match=r"cannot decode .*\.mp4'.*no more memory"):
         read_video(clip("h264_bframes").path, frames=10, workers=2)
 

@@ -20,7 +20,7 @@ from tokenprune.errors import MediaError, MissingExtraError, RecipeError, TokenP
 from tokenprune.eval.bench.overlap import Bench, Round, build, summary
 from tokenprune.media import VideoReader, index_video
 from tokenprune.media.decode.plan import plan_units
-from tokenprune.media.sampling import choose_ranks
+from tokenprune.media.sampling import FrameRequest
 from tokenprune.models.load import load_model
 from tokenprune.report.timeline import PHASES, Timeline
 from tokenprune.report.timing import Clock, Mark
@@ -121,9 +121,7 @@ def test_frames_need_no_workers(loaded):
 def test_no_more_is_decoded_and_read_than_planned(workers, frames, loaded, clip, monkeypatch):
     monkeypatch.setattr("tokenprune.media.decode.demux.SEEK_GAP_BYTES", -1)  # pass over nothing
     index = index_video(clip)
-    ranks = choose_ranks(
-        index, frames=frames, fps=None, indices=None, seconds=None, start=None, end=None
-    )
+    ranks = FrameRequest(frames).ranks(index)
     units = plan_units(index, np.unique(ranks), workers)
     # Each picture refers to the one before only: all up to the wanted one must be decoded.
     pictures = sum(unit.last - unit.first + 1 for unit in units)

@@ -1,14 +1,21 @@
-"""Reading video and sound: exact frames, decoded in parallel, only where they are wanted."""
+"""Reading video and audio: exact frames, decoded in parallel, and little else decoded."""
 
-from tokenprune.media.index.index import PacketIndex, VideoInfo, index_video, probe
-from tokenprune.media.message import read_message
-from tokenprune.media.reader import VideoReader, read_video, stream_video
-from tokenprune.media.sampling import SizeRule
-from tokenprune.media.size import PixelLimits, ShortestEdge, VolumeLimits
-from tokenprune.media.sound.audio import read_audio
-from tokenprune.media.sound.features import log_mel, resample
-from tokenprune.media.transformers import register_with_transformers
-from tokenprune.media.video import Timings, Video
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenprune.media.index.build import index_video, probe
+    from tokenprune.media.index.index import PacketIndex, VideoInfo
+    from tokenprune.media.message import read_message
+    from tokenprune.media.read import read_video, stream_video
+    from tokenprune.media.reader import VideoReader
+    from tokenprune.media.sampling import SizeRule
+    from tokenprune.media.size import PixelLimits, ShortestEdge, VolumeLimits
+    from tokenprune.media.sound.audio import read_audio
+    from tokenprune.media.sound.features import log_mel, resample
+    from tokenprune.media.transformers import register_with_transformers
+    from tokenprune.media.video import Timings, Video
 
 __all__ = [
     "PacketIndex",
@@ -30,3 +37,38 @@ __all__ = [
     "resample",
     "stream_video",
 ]
+
+_MODULES = {
+    "PacketIndex": "index.index",
+    "PixelLimits": "size",
+    "ShortestEdge": "size",
+    "SizeRule": "sampling",
+    "Timings": "video",
+    "Video": "video",
+    "VideoInfo": "index.index",
+    "VideoReader": "reader",
+    "VolumeLimits": "size",
+    "index_video": "index.build",
+    "log_mel": "sound.features",
+    "probe": "index.build",
+    "read_audio": "sound.audio",
+    "read_message": "message",
+    "read_video": "read",
+    "register_with_transformers": "transformers",
+    "resample": "sound.features",
+    "stream_video": "read",
+}
+"""Where each name comes from when it is first used: checks of arguments need no torch, no PyAV."""
+
+if not TYPE_CHECKING:  # type checkers shall know the names above, and no others
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,8 +1,8 @@
-"""Other libraries in the place of our own decoder: decord and torchcodec.
+"""decord and torchcodec as decoders in the place of our own.
 
-They are asked only for files that they are known to number and to seek in as they should; for all
-others they give wrong frames without a word, so those are refused. What they deliver is compared
-with the packet index, frame by frame, as far as they tell.
+They decode only files in which they are known to number frames and to seek right; of others they
+may give wrong frames without an error, so those are refused. What they deliver is compared with the
+packet index, frame by frame: number, size and PTS.
 """
 
 import time
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenprune.errors import DecodeError, MediaError, MissingExtraError
-from tokenprune.media.decode.plan import has_leading
-from tokenprune.media.decode.pool import Group
+from tokenprune.media.decode.plan import has_open_gops
+from tokenprune.media.decode.pool import DecodedGroup
 from tokenprune.media.index.index import Ints, PacketIndex
 
 Backend = Literal["pyav", "decord", "torchcodec"]
@@ -47,11 +47,11 @@ class LibraryDecoder:
         index: the packet index of the file.
         ranks: `[F]` presentation ranks, strictly increasing.
         size: height and width of the frames.
-        bounds: `[G + 1]` numbers of the frames with which groups begin, and F.
+        bounds: `[G + 1]` rows at which groups begin, and F.
         workers: threads inside the library.
 
     Attributes:
-        pictures_decoded: 0, since these libraries do not tell.
+        pictures_decoded: 0, since these libraries do not report it.
         bytes_read: 0, for the same reason.
 
     Raises:
@@ -67,7 +67,7 @@ class LibraryDecoder:
         self, index: PacketIndex, ranks: Ints, size: tuple[int, int], *, bounds: Ints, workers: int
     ) -> None:
         self._index, self._ranks, self._size, self._bounds = index, ranks, size, bounds
-        if reason := self._objection():
+        if reason := self._why_not():
             self._refuse(reason)
         try:
             self._open(index.info.path, workers)
@@ -87,7 +87,7 @@ class LibraryDecoder:
     ) -> None:
         self._close()
 
-    def groups(self) -> Iterator[Group]:
+    def groups(self) -> Iterator[DecodedGroup]:
         """The groups, in order.
 
         Raises:
@@ -99,8 +99,8 @@ class LibraryDecoder:
             for at in range(first, last, FRAMES_AT_ONCE):
                 ranks = self._ranks[at : min(at + FRAMES_AT_ONCE, last)]
                 frames[at - first : at - first + len(ranks)] = self._read(ranks)
-            sound = torch.zeros(last - first, dtype=torch.bool)
-            yield Group(frames, first, sound, time.perf_counter() - begin)
+            intact = torch.zeros(last - first, dtype=torch.bool)
+            yield DecodedGroup(frames, first, intact, time.perf_counter() - begin)
 
     @classmethod
     @abstractmethod
@@ -127,7 +127,7 @@ class LibraryDecoder:
     def _fetch(self, ranks: list[int]) -> tuple[Tensor, NDArray[np.float64]]:
         """Frames uint8 `[F, 3, H, W]` of the source's size, and their times `[F]` in seconds."""
 
-    def _objection(self) -> str | None:
+    def _why_not(self) -> str | None:
         """Why this file's frames cannot be trusted to come out right; None if they can."""
         index, info = self._index, self._index.info
         if not ("mp4" in info.container or "matroska" in info.container):
@@ -136,7 +136,7 @@ class LibraryDecoder:
             return f"{info.codec} is not known to come out right"
         if not index.seekable or index.error or len(index.order) < len(index.pts):
             return "the file is damaged, edited, or has times that do not tell frames apart"
-        if not index.keyframe[0] or has_leading(index):
+        if not index.keyframe[0] or has_open_gops(index):
             return "frames shown before their keyframe are not known to come out right"
         return None
 
@@ -144,13 +144,13 @@ class LibraryDecoder:
         info = self._index.info
         try:
             frames, seconds = self._fetch(ranks.tolist())
-        except Exception as error:
-            self._refuse(_first_line(error), error)
+        except Exception as failure:
+            self._refuse(_first_line(failure), failure)
         if tuple(frames.shape) != (len(ranks), 3, info.height, info.width):
             self._refuse(f"it gives frames {list(frames.shape)}")
-        late = np.abs(seconds - info.start_seconds - self._index.seconds[ranks])
-        if not late.max() <= TIME_SLACK_SECONDS:
-            self._refuse(f"it gives frame {ranks[late.argmax()]} at another time")
+        error = np.abs(seconds - info.start_seconds - self._index.seconds[ranks])
+        if not error.max() <= TIME_SLACK_SECONDS:
+            self._refuse(f"it gives frame {ranks[error.argmax()]} at another time")
         return _scaled(frames, self._size)
 
     def _refuse(self, reason: str, cause: BaseException | None = None) -> None:
@@ -225,7 +225,7 @@ def _loaded(extra: str, load: Callable[[], Any]) -> Any:
 
 
 def _scaled(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, with as wide a filter as the reduction needs, as our own decoder scales."""
+    """Scale as our own decoder does: bilinear, antialiased."""
     if frames.shape[2:] == size:
         return frames
     from torchvision.transforms.v2.functional import resize

@@ -1,4 +1,4 @@
-"""Videos as chat messages name them, with the keys that Qwen's users know."""
+"""Reading videos as chat messages name them, with the keys of Qwen-VL's messages."""
 
 import math
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ SET_TOKENS = 4, 16384  # of a frame whose size is set, at least and at most
 
 @dataclass(frozen=True)
 class _Part:
-    """A message's part, checked."""
+    """A video part of a message, checked."""
 
     path: str
     numbers: Mapping[str, float]
@@ -119,7 +119,7 @@ def _range(part: _Part, index: PacketIndex) -> tuple[int, int]:
 
 
 def _count(part: _Part, index: PacketIndex, available: int) -> int:
-    """How many frames: an even number, if there are two."""
+    """How many frames to take: an even number, if there are two."""
     even = available // FRAME_MULTIPLE * FRAME_MULTIPLE
     if "nframes" in part.numbers:
         count = round(part.numbers["nframes"] / FRAME_MULTIPLE) * FRAME_MULTIPLE

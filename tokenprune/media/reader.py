@@ -1,52 +1,25 @@
-"""`VideoReader`, `read_video` and `stream_video`: from a file to frames."""
+"""`VideoReader`: a video file, indexed once, from which frames are read."""
 
 import os
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from tokenprune.errors import DecodeError, MediaError
 from tokenprune.media.backends import LIBRARIES, Backend, LibraryDecoder, check_backend
+from tokenprune.media.decode.cores import worker_count
 from tokenprune.media.decode.demux import IndexMismatch
-from tokenprune.media.decode.plan import worker_count
-from tokenprune.media.decode.pool import FrameDecoder, Group, WorkerKind
-from tokenprune.media.index.index import Ints, PacketIndex, VideoInfo, index_video
-from tokenprune.media.sampling import SizeRule, choose_ranks, resolve_size
+from tokenprune.media.decode.pool import DecodedGroup, FrameDecoder, WorkerKind
+from tokenprune.media.index.build import index_video
+from tokenprune.media.index.index import Ints, PacketIndex, VideoInfo
+from tokenprune.media.sampling import FrameRequest, Size, resolve_size
 from tokenprune.media.video import Timings, Video
-
-Size = tuple[int, int] | SizeRule | None
 
 WINDOW_GROUPS = 3  # groups in memory beside the one delivered
 FIRST_GROUP = 4  # frames: what comes first should come soon
 TIMEOUT_SECONDS = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is asked of a file; see `read_video`."""
-
-    frames: int | None
-    fps: float | None
-    indices: Sequence[int] | None
-    seconds: Sequence[float] | None
-    start: float | None
-    end: float | None
-    size: Size
-
-    def ranks(self, index: PacketIndex) -> Ints:
-        """Presentation ranks `[F]` of the frames asked for, in the order asked."""
-        return choose_ranks(
-            index,
-            frames=self.frames,
-            fps=self.fps,
-            indices=self.indices,
-            seconds=self.seconds,
-            start=self.start,
-            end=self.end,
-        )
 
 
 class VideoReader:
@@ -64,13 +37,13 @@ class VideoReader:
         path: a local file.
         workers: how many decode at a time; None means one for each core we may use.
         worker_kind: "thread" (the default), or "process" for callers that run much Python while
-            they consume a stream: a decoding thread would have to wait for the interpreter's lock
-            several times a packet. Processes take some tenths of a second to start.
+            they consume a stream: a decoding thread would have to wait for the GIL several times a
+            packet. Processes take some tenths of a second to start.
         backend: "pyav", our own decoder, or a library to compare it with: "decord" or
             "torchcodec", which decode in the caller's thread, and give only what they are known to
             give right: others than plain MP4 and Matroska files are refused.
-        timeout_seconds: give up when no worker gets on for so long; indexing, and other backends,
-            are not timed.
+        timeout_seconds: give up when no worker makes progress for so long; indexing, and other
+            backends, are not timed.
 
     Attributes:
         info: what the file holds.
@@ -136,18 +109,10 @@ class VideoReader:
         size: Size = None,
     ) -> Video:
         """Decode chosen frames; the arguments are those of `read_video`."""
-        request = Request(
-            frames=frames,
-            fps=fps,
-            indices=indices,
-            seconds=seconds,
-            start=start,
-            end=end,
-            size=size,
-        )
+        request = FrameRequest(frames, fps, indices, seconds, start, end, size)
         begin, index = time.perf_counter(), self.index
         asked = request.ranks(index)
-        (video,) = self._groups(request, index, lambda count: np.array([0, count]))
+        (video,) = self._deliver(request, index, lambda count: np.array([0, count]))
         if self.index is not index:
             asked = request.ranks(self.index)
         if np.array_equal(asked, video.indices):
@@ -183,60 +148,58 @@ class VideoReader:
             raise MediaError(f"group must be at least 1 frame, got {group}")
         if not 1 <= first <= group:
             raise MediaError(f"first_group must be from 1 to group ({group}), got {first}")
-        request = Request(
-            frames=frames,
-            fps=fps,
-            indices=indices,
-            seconds=seconds,
-            start=start,
-            end=end,
-            size=size,
-        )
+        request = FrameRequest(frames, fps, indices, seconds, start, end, size)
         index = self.index
         if (np.diff(request.ranks(index)) <= 0).any():
             raise MediaError(
                 "stream_video delivers frames in order, each once; ask for them like that"
             )
-        return self._groups(request, index, lambda count: group_bounds(count, group, first))
+        return self._deliver(request, index, lambda count: group_bounds(count, group, first))
 
-    def _groups(
-        self, request: Request, index: PacketIndex, cut: Callable[[int], Ints]
+    def _deliver(
+        self, request: FrameRequest, index: PacketIndex, bounds_of: Callable[[int], Ints]
     ) -> Generator[Video, None, None]:
-        """The groups of what is asked for, in order of presentation, each frame once."""
+        """The groups of what is asked for, in presentation order, each frame once.
+
+        Args:
+            request: what is asked for; it is checked before the first group is asked for.
+            index: the packet index by which it is understood.
+            bounds_of: gives `[G + 1]` where groups of so many frames begin.
+        """
         asked = request.ranks(index)
         size = resolve_size(request.size, index.info, len(asked))
-        return self._decode(request, index, np.unique(asked), size, cut)
+        return self._decode(request, index, np.unique(asked), size, bounds_of)
 
     def _decode(
         self,
-        request: Request,
+        request: FrameRequest,
         index: PacketIndex,
         ranks: Ints,
         size: tuple[int, int],
-        cut: Callable[[int], Ints],
+        bounds_of: Callable[[int], Ints],
     ) -> Generator[Video, None, None]:
-        given = pictures = size_read = 0
-        while given < len(ranks):
-            bounds, rest = cut(len(ranks)), ranks[given:]
-            decoder = self._decoder(index, rest, size, bounds[bounds >= given] - given)
+        """Decode groups; where a packet contradicts the sample table, go on by a scan."""
+        delivered = decoded_before = bytes_before = 0
+        while delivered < len(ranks):
+            bounds, rest = bounds_of(len(ranks)), ranks[delivered:]
+            decoder = self._decoder(index, rest, size, bounds[bounds >= delivered] - delivered)
             try:
                 with decoder:
                     for part in decoder.groups():
-                        yield self._video(index, decoder, part, rest, pictures, size_read)
-                        given += len(part.frames)
+                        yield self._video(index, decoder, part, rest, decoded_before, bytes_before)
+                        delivered += len(part.frames)
             except IndexMismatch:
                 if index.scanned:
                     raise
-                # The file's table was wrong: a scan knows better.
-                pictures += decoder.pictures_decoded
-                size_read += decoder.bytes_read
+                decoded_before += decoder.pictures_decoded
+                bytes_before += decoder.bytes_read
                 if not self.index.scanned:
                     self._index(index.info.path, scan=True)
-                known, index = index, self.index
-                asked, delivered = request.ranks(index), ranks[:given]
+                believed, index = index, self.index
+                asked, done = request.ranks(index), ranks[:delivered]
                 ranks = np.unique(asked)
-                if given:
-                    _check_delivered(known, index, delivered, ranks)
+                if delivered:
+                    _check_delivered(believed, index, done, ranks)
                 else:
                     size = resolve_size(request.size, index.info, len(asked))
 
@@ -261,12 +224,12 @@ class VideoReader:
         self,
         index: PacketIndex,
         decoder: FrameDecoder | LibraryDecoder,
-        part: Group,
+        part: DecodedGroup,
         ranks: Ints,
-        pictures: int,
-        size_read: int,
+        decoded_before: int,
+        bytes_before: int,
     ) -> Video:
-        """The frames of a part; what decoders before this one did is counted as well."""
+        """A group as a `Video`; what decoders before this one did is counted as well."""
         here = ranks[part.first : part.first + len(part.frames)]
         return Video(
             frames=part.frames,
@@ -274,122 +237,12 @@ class VideoReader:
             indices=torch.from_numpy(here),
             info=index.info,
             substituted=part.substituted,
-            pictures_decoded=pictures + decoder.pictures_decoded,
+            pictures_decoded=decoded_before + decoder.pictures_decoded,
             timings=Timings(
                 0.0 if part.first else self.index_seconds, part.wait_seconds, part.effort
             ),
-            bytes_read=size_read + decoder.bytes_read,
+            bytes_read=bytes_before + decoder.bytes_read,
         )
-
-
-def read_video(
-    path: str | os.PathLike[str],
-    *,
-    frames: int | None = None,
-    fps: float | None = None,
-    indices: Sequence[int] | None = None,
-    seconds: Sequence[float] | None = None,
-    start: float | None = None,
-    end: float | None = None,
-    size: Size = None,
-    workers: int | None = None,
-    worker_kind: WorkerKind | None = None,
-    backend: Backend = "pyav",
-    timeout_seconds: float = TIMEOUT_SECONDS,
-) -> Video:
-    """Decode chosen frames of a video file, exactly those, with little else decoded.
-
-    Give one of `frames`, `fps`, `indices` and `seconds`; without any, 64 frames are taken.
-
-    Args:
-        path: a local file.
-        frames: how many, evenly spread, the first and the last of the range included. If the
-            range has fewer, each of its frames once.
-        fps: frames per second from `start` on: at each time the frame on screen, each frame once.
-        indices: presentation ranks, in any order, repeats allowed.
-        seconds: times from the video's first frame: at each the frame on screen.
-        start: seconds where the range begins, with `frames` or `fps`.
-        end: seconds where it ends (exclusive); past the end of the video means its end.
-        size: height and width of the frames, or a rule that makes them from the source's height,
-            its width, and the number of frames, since some models share a budget of pixels over
-            them: `PixelLimits`, `VolumeLimits` and `ShortestEdge` are such rules. None keeps the
-            source's size. Frames are scaled in the decoder (bilinear).
-        workers: how many decode at a time; None means one for each core we may use.
-        worker_kind: "thread" (the default) or "process", see `VideoReader`.
-        backend: what decodes: "pyav", "decord" or "torchcodec", see `VideoReader`.
-        timeout_seconds: give up when no worker gets on for so long.
-
-    Returns:
-        The frames, in the order asked for, with their times and ranks; `damaged` says how many are
-        substitutes.
-
-    Raises:
-        MediaError: the file cannot be used, or what is asked of it is not in it.
-    """
-    reader = VideoReader(
-        path,
-        workers=workers,
-        worker_kind=worker_kind,
-        backend=backend,
-        timeout_seconds=timeout_seconds,
-    )
-    return reader.read(
-        frames=frames, fps=fps, indices=indices, seconds=seconds, start=start, end=end, size=size
-    )
-
-
-def stream_video(
-    path: str | os.PathLike[str],
-    *,
-    group: int = 8,
-    first_group: int | None = None,
-    frames: int | None = None,
-    fps: float | None = None,
-    indices: Sequence[int] | None = None,
-    seconds: Sequence[float] | None = None,
-    start: float | None = None,
-    end: float | None = None,
-    size: Size = None,
-    workers: int | None = None,
-    worker_kind: WorkerKind | None = None,
-    backend: Backend = "pyav",
-    timeout_seconds: float = TIMEOUT_SECONDS,
-) -> Generator[Video, None, None]:
-    """Decode chosen frames in groups, in order, while the caller works on those before.
-
-    Takes the arguments of `read_video`, but frames must be asked for in order, each once. At most
-    four groups are in memory, and no more than two if each takes over 32 MiB: the workers wait when
-    the caller is slow. Closing the iterator, or leaving it, stops them.
-
-    Args:
-        path: a local file.
-        group: frames in each group; the last may be smaller.
-        first_group: frames in the first group; None means 4, or `group` if that is less.
-
-    Returns:
-        An iterator over groups.
-
-    Raises:
-        MediaError: as `read_video`; what is asked is checked at once, before the first group.
-    """
-    reader = VideoReader(
-        path,
-        workers=workers,
-        worker_kind=worker_kind,
-        backend=backend,
-        timeout_seconds=timeout_seconds,
-    )
-    return reader.stream(
-        group=group,
-        first_group=first_group,
-        frames=frames,
-        fps=fps,
-        indices=indices,
-        seconds=seconds,
-        start=start,
-        end=end,
-        size=size,
-    )
 
 
 def group_bounds(count: int, group: int, first: int) -> Ints:
@@ -397,14 +250,16 @@ def group_bounds(count: int, group: int, first: int) -> Ints:
     return np.array([0, *range(first, count, group), count], np.int64)
 
 
-def _check_delivered(known: PacketIndex, index: PacketIndex, delivered: Ints, ranks: Ints) -> None:
+def _check_delivered(
+    believed: PacketIndex, index: PacketIndex, delivered: Ints, ranks: Ints
+) -> None:
     """Check that the frames delivered by a wrong table begin those that a scan would deliver.
 
     Raises:
         DecodeError: they do not.
     """
     same = np.array_equal(ranks[: len(delivered)], delivered)
-    if not (same and np.array_equal(known.times_of(delivered), index.times_of(delivered))):
+    if not (same and np.array_equal(believed.times_of(delivered), index.times_of(delivered))):
         raise DecodeError(
             f"the table of packets in {index.info.path!r} is wrong, which was found out after"
             f" {len(delivered)} frames; let a tool write the file anew, or use read_video"

@@ -1,7 +1,8 @@
-"""Which frames to take: by count, rate, number or time."""
+"""Which frames to take: by count, rate, rank or time."""
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,45 +12,55 @@ from tokenprune.media.index.index import Ints, PacketIndex, VideoInfo
 SizeRule = Callable[[int, int, int], tuple[int, int]]
 """From height and width of the source and the number of frames to height and width."""
 
+Size = tuple[int, int] | SizeRule | None
+"""Height and width, a rule, or the source's size."""
+
 DEFAULT_FRAMES = 64
 LARGEST_SIDE = 16384
 HIGHEST_RATE = 1000.0  # frames a second
 
 
-def choose_ranks(
-    index: PacketIndex,
-    *,
-    frames: int | None,
-    fps: float | None,
-    indices: Sequence[int] | None,
-    seconds: Sequence[float] | None,
-    start: float | None,
-    end: float | None,
-) -> Ints:
-    """Presentation ranks `[F]` of the frames asked for, in the order asked.
+@dataclass(frozen=True)
+class FrameRequest:
+    """The frames asked for, and their size; see `read_video` for what each argument means."""
 
-    See `read_video` for the meaning of the arguments.
+    frames: int | None = None
+    fps: float | None = None
+    indices: Sequence[int] | None = None
+    seconds: Sequence[float] | None = None
+    start: float | None = None
+    end: float | None = None
+    size: Size = None
 
-    Raises:
-        MediaError: they contradict each other, or lie outside the video.
-    """
-    given = {"frames": frames, "fps": fps, "indices": indices, "seconds": seconds}
-    chosen = [name for name, value in given.items() if value is not None]
-    if len(chosen) > 1:
-        raise MediaError(
-            f"give one of frames, fps, indices and seconds, got {' and '.join(chosen)}"
-        )
-    if (indices is not None or seconds is not None) and (start is not None or end is not None):
-        raise MediaError(f"start and end go with frames or fps, not with {chosen[0]}; omit them")
-    if indices is not None:
-        return _by_index(index, indices)
-    if seconds is not None:
-        return _by_time(index, seconds)
-    check_amount(frames, fps)
-    begin, stop = _range(index.info, start, end)
-    if fps is not None:
-        return _by_rate(index, fps, begin, stop)
-    return _by_count(index, DEFAULT_FRAMES if frames is None else frames, begin, stop)
+    def ranks(self, index: PacketIndex) -> Ints:
+        """Presentation ranks `[F]` of the frames, in the order asked.
+
+        Raises:
+            MediaError: arguments contradict each other, or lie outside the video.
+        """
+        self._check()
+        if self.indices is not None:
+            return _by_index(index, self.indices)
+        if self.seconds is not None:
+            return _by_time(index, self.seconds)
+        begin, stop = _range(index.info, self.start, self.end)
+        if self.fps is not None:
+            return _by_rate(index, self.fps, begin, stop)
+        return _by_count(index, DEFAULT_FRAMES if self.frames is None else self.frames, begin, stop)
+
+    def _check(self) -> None:
+        ways = ("frames", "fps", "indices", "seconds")
+        chosen = [name for name in ways if getattr(self, name) is not None]
+        if len(chosen) > 1:
+            raise MediaError(
+                f"give one of frames, fps, indices and seconds, got {' and '.join(chosen)}"
+            )
+        listed = self.indices is not None or self.seconds is not None
+        if listed and (self.start is not None or self.end is not None):
+            raise MediaError(
+                f"start and end go with frames or fps, not with {chosen[0]}; omit them"
+            )
+        check_amount(self.frames, self.fps)
 
 
 def check_amount(frames: int | None, fps: float | None) -> None:
@@ -64,9 +75,7 @@ def check_amount(frames: int | None, fps: float | None) -> None:
         raise MediaError(f"fps must be a number above 0, got {fps!r}")
 
 
-def resolve_size(
-    size: tuple[int, int] | SizeRule | None, info: VideoInfo, frames: int
-) -> tuple[int, int]:
+def resolve_size(size: Size, info: VideoInfo, frames: int) -> tuple[int, int]:
     """Height and width to deliver: the source's, those given, or what the rule says.
 
     Raises:

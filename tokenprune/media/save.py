@@ -12,14 +12,14 @@ from PIL import Image
 
 from tokenprune.errors import MediaError
 from tokenprune.media.reader import VideoReader
-from tokenprune.media.sampling import SizeRule
+from tokenprune.media.sampling import Size
 from tokenprune.media.video import Video
 
 MOST_NAMED = 20  # damaged frames in a text
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodeSummary:
     """What was decoded of a file.
 
     Attributes:
@@ -28,10 +28,10 @@ class Decoded:
         height: of a frame.
         width: of a frame.
         indices: presentation rank of each.
-        pts_seconds: time of each.
+        pts_seconds: PTS of each, from the video's first frame.
         damaged: how many are substitutes.
         damaged_indices: presentation rank of those.
-        pictures_decoded: pictures that the decoders gave.
+        pictures_decoded: frames that came out of the decoders, those not asked for included.
         bytes_read: bytes of packets that were read for them.
         index_seconds: time spent on the index.
         decode_seconds: time waited for frames.
@@ -82,8 +82,8 @@ def decode_to(
     fps: float | None = None,
     start: float | None = None,
     end: float | None = None,
-    size: tuple[int, int] | SizeRule | None = None,
-) -> Decoded:
+    size: Size = None,
+) -> DecodeSummary:
     """Decode frames of a video and write them.
 
     Args:
@@ -109,7 +109,7 @@ def decode_to(
     except OSError as error:
         raise MediaError(f"cannot write to {str(out)!r}: {error.strerror or error}") from error
     last = parts[-1]
-    return Decoded(
+    return DecodeSummary(
         file=reader.info.path,
         frames=sum(map(len, parts)),
         height=last.frames.shape[2],
@@ -127,7 +127,7 @@ def decode_to(
 
 
 def _without_frames(group: Video) -> Video:
-    """A group that holds no memory for its frames, only their shape."""
+    """The group with frames that have a shape, but take no memory."""
     blank = group.frames.new_zeros(1).expand(group.frames.shape)
     return Video(**(vars(group) | {"frames": blank}))
 
@@ -141,13 +141,13 @@ def _sink(out: Path | None) -> Iterator[Any]:
             yield write
     else:
         out.mkdir(parents=True, exist_ok=True)
-        yield lambda group: _save_pictures(group, out)
+        yield lambda group: _save_images(group, out)
 
 
-def _save_pictures(group: Video, folder: Path) -> None:
+def _save_images(group: Video, folder: Path) -> None:
     for rank, frame in zip(group.indices.tolist(), group.frames, strict=True):
-        picture = Image.fromarray(frame.permute(1, 2, 0).numpy())
-        picture.save(folder / f"{rank:08d}.png")
+        image = Image.fromarray(frame.permute(1, 2, 0).numpy())
+        image.save(folder / f"{rank:08d}.png")
 
 
 @contextmanager
@@ -161,20 +161,20 @@ def _array(out: Path) -> Iterator[Any]:
             def write(group: Video) -> None:
                 if shape == [0]:
                     shape[1:] = group.frames.shape[1:]
-                    _head(file, shape)
+                    _write_header(file, shape)
                 shape[0] += len(group)
                 file.write(group.frames.numpy().tobytes())
 
             yield write
             file.seek(0)
-            _head(file, shape)
+            _write_header(file, shape)
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _head(file: Any, shape: list[int]) -> None:
-    """The head of an `.npy` file. It has room for a longer shape: its length does not change."""
+def _write_header(file: Any, shape: list[int]) -> None:
+    """Write the header of an `.npy` file. NumPy pads it, so that a longer shape fits later."""
     kind = np.lib.format.dtype_to_descr(np.dtype(np.uint8))
-    head = {"descr": kind, "fortran_order": False, "shape": tuple(shape)}
-    np.lib.format.write_array_header_1_0(file, head)
+    header = {"descr": kind, "fortran_order": False, "shape": tuple(shape)}
+    np.lib.format.write_array_header_1_0(file, header)

@@ -1,4 +1,4 @@
-"""The sizes to which models want their frames brought, as rules that the decoder applies."""
+"""Rules for the size of frames, as models want them; the decoder applies them."""
 
 import math
 from dataclasses import dataclass
@@ -11,8 +11,9 @@ LONGEST = 200  # times as long as wide
 
 @dataclass(frozen=True)
 class PixelLimits:
-    """The rule of Qwen-VL's messages: sides in whole tokens, about the source's shape, and limits
-    to the pixels of a frame.
+    """Sides in whole tokens, and limits to the pixels of a frame: the rule of Qwen-VL's messages.
+
+    The source's aspect ratio is kept as far as whole tokens allow.
 
     Qwen2-VL's and Qwen2.5-VL's processors have the same rule, without `total_pixels`. Qwen3-VL's
     has `VolumeLimits`; tell it `do_resize=False` to keep what this rule made.
@@ -26,7 +27,7 @@ class PixelLimits:
             None for no such limit. Alone it never pushes a frame below 1.05 times `min_pixels`.
 
     Raises:
-        MediaError: the limits contradict each other; or, when called, the picture is more than 200
+        MediaError: the limits contradict each other; or, when called, the frame is more than 200
             times as long as wide.
     """
 
@@ -61,7 +62,7 @@ class PixelLimits:
 
 @dataclass(frozen=True)
 class VolumeLimits:
-    """The rule of Qwen3-VL's processor: as `PixelLimits`, but limits are of all frames together.
+    """As `PixelLimits`, but with limits to all frames together: the rule of Qwen3-VL's processor.
 
     Attributes:
         multiple: sides are multiples of this: the side of a patch times the merge.
@@ -69,7 +70,7 @@ class VolumeLimits:
         max_pixels: of all frames; `size["longest_edge"]` there.
 
     Raises:
-        MediaError: the limits contradict each other; or, when called, the picture is more than 200
+        MediaError: the limits contradict each other; or, when called, the frame is more than 200
             times as long as wide.
     """
 
@@ -111,7 +112,7 @@ def _fit(
     frames: int = 1,
     counted: int = 1,
 ) -> tuple[int, int]:
-    """Sides in whole units, about the shape given, from `least` to `most` pixels in all.
+    """Sides in whole units, near the aspect ratio given, from `least` to `most` pixels in all.
 
     Args:
         frames: how many share the limits.
@@ -134,7 +135,7 @@ def _fit(
 
 @dataclass(frozen=True)
 class ShortestEdge:
-    """The rule of LLaVA-NeXT-Video before it crops: the shorter side has a length, the shape stays.
+    """A length of the shorter side, at the same aspect ratio: LLaVA-NeXT-Video before it crops.
 
     Families that squeeze every frame into a square, as LLaVA-OneVision does (384 x 384), need no
     rule: `size=(384, 384)`.

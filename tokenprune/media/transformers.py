@@ -1,4 +1,4 @@
-"""The reader as a decoder of transformers: `load_video(path, backend="tokenprune")`."""
+"""The reader as a video decoder of transformers: `load_video(path, backend="tokenprune")`."""
 
 import os
 import warnings
@@ -32,7 +32,7 @@ def register_with_transformers() -> None:
 def _decode(
     video: object, sample_indices_fn: Callable[..., Sequence[int]], **kwargs: object
 ) -> "tuple[NDArray[np.uint8], VideoMetadata]":
-    """Frames `[F, H, W, 3]` of the numbers that `sample_indices_fn` chooses, and their metadata.
+    """Frames `[F, H, W, 3]` of the indices that `sample_indices_fn` chooses, and their metadata.
 
     Warns:
         UserWarning: some are damaged, and replaced by the nearest earlier ones.

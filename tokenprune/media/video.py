@@ -1,4 +1,4 @@
-"""What a reader gives: frames with their times, and what is known of their file."""
+"""`Video`: frames with their times, and what is known of their file."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from tokenprune.errors import MediaError
-from tokenprune.media.decode.effort import Span
+from tokenprune.media.decode.effort import WorkSpan
 from tokenprune.media.index.index import VideoInfo
 
 if TYPE_CHECKING:
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timings:
-    """Where the time went.
+    """How long indexing and decoding took.
 
     Attributes:
-        index_seconds: finding out which packet is where.
+        index_seconds: building the packet index.
         decode_seconds: decoding and resizing; in a stream, the time waited for the group.
-        effort: when workers decoded and resized it: `time.perf_counter` where each stretch of work
+        effort: when workers decoded and resized it: `time.perf_counter` where each span of work
             began and ended. Those of several workers overlap. Empty with another backend.
     """
 
     index_seconds: float
     decode_seconds: float
-    effort: tuple[Span, ...] = ()
+    effort: tuple[WorkSpan, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,16 +35,17 @@ class Video:
 
     Attributes:
         frames: uint8 RGB `[F, 3, H, W]`, upright.
-        pts_seconds: float64 `[F]` when each is shown, counted from the video's first frame.
+        pts_seconds: float64 `[F]` PTS of each, counted from the video's first frame.
         indices: int64 `[F]` presentation rank of each: 0 is the first frame of the video.
         info: the whole video.
         substituted: bool `[F]`, True where a damaged frame is replaced by the nearest earlier one
-            that is sound; or, if there is none, by the next, or else by what could be decoded. In
-            files without presentation times (raw streams, H.264 in AVI) all that come after the
-            first damage are marked, and given as they come, since none is known by its time.
-        pictures_decoded: pictures that the decoders gave so far; in a stream that includes some of
-            the groups to come. 0 from another backend than our own, for they do not tell.
-        timings: where the time went.
+            that is intact; or, if there is none, by the next, or else by what could be decoded. In
+            files without PTS (raw streams, H.264 in AVI) all that come after the first damage are
+            marked, and given as they come, since none is identified by its time.
+        pictures_decoded: frames that came out of the decoders so far, those not asked for included;
+            in a stream also some of the groups to come. 0 from other backends: they do not report
+            it.
+        timings: how long it took.
         bytes_read: bytes of the video's packets that were read so far.
     """
 
@@ -86,7 +87,7 @@ class Video:
 
     @property
     def metadata(self) -> "VideoMetadata":
-        """What transformers' processors want to know; use it with `do_sample_frames=False`.
+        """The metadata for transformers' processors; use it with `do_sample_frames=False`.
 
         Processors take a frame's time to be its index by the rate; so `frames_indices` are
         `even_indices`.

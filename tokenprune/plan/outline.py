@@ -11,7 +11,7 @@ import torch
 
 from tokenprune.inputs import read_media
 from tokenprune.media import SizeRule, Timings, Video, index_video
-from tokenprune.media.sampling import choose_ranks, resolve_size
+from tokenprune.media.sampling import FrameRequest, resolve_size
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.models.media import Media
 from tokenprune.models.processors import frame_size
@@ -109,9 +109,7 @@ def _outline_video(
 ) -> Video:
     """What `read_video` reads, with frames that have a shape, but no content."""
     index = index_video(path)
-    ranks = choose_ranks(
-        index, frames=frames, fps=fps, indices=None, seconds=None, start=None, end=None
-    )
+    ranks = FrameRequest(frames, fps).ranks(index)
     height, width = resolve_size(size, index.info, len(ranks))
     blank = torch.zeros(1, dtype=torch.uint8, device=device)
     return Video(

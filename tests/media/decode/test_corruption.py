@@ -1,4 +1,4 @@
-"""Files damaged by chance: a clear error or a sound video, never a hang, seldom a wrong frame."""
+"""Files damaged by chance: a clear error or an intact video, never a hang, seldom a wrong frame."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -130,14 +130,14 @@ def test_most_damaged_files_give_frames(kind, made, tmp_path):
     assert opened >= MOST * tried
 
 
-def flip_in_pictures(clip: Clip, path: Path, seed: int) -> None:
-    """A copy of a file with three bits flipped in its pictures; its tables stay whole."""
+def flip_in_packets(clip: Clip, path: Path, seed: int) -> None:
+    """A copy of a file with three bits flipped in its packets; its tables stay whole."""
     content = bytearray(clip.path.read_bytes())
     random = np.random.default_rng(seed)
     with av.open(str(clip.path)) as container:
-        pictures = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
     for _ in range(3):
-        data = pictures[int(random.integers(len(pictures) // 4, len(pictures)))]
+        data = packets[int(random.integers(len(packets) // 4, len(packets)))]
         start = clip.path.read_bytes().find(data)
         assert start > 0
         content[start + int(random.integers(min(8, len(data) - 1), len(data)))] ^= 1 << int(
@@ -151,7 +151,7 @@ def wrong_and_counted(kind: str, made: Callable[[str], Clip], folder: Path) -> t
     clip, wrong, counted, total = made(kind), 0, 0, 0
     for seed in range(10):
         path = folder / f"{seed}{clip.path.suffix}"
-        flip_in_pictures(clip, path, seed)
+        flip_in_packets(clip, path, seed)
         video = read_video(path, frames=10_000, workers=1)
         bad = video.substituted.tolist()
         seen = [read_number(frame) for frame in video.frames.numpy()]
@@ -159,21 +159,21 @@ def wrong_and_counted(kind: str, made: Callable[[str], Clip], folder: Path) -> t
         for number, due, is_bad in zip(seen, clip.numbers, bad, strict=True):
             latest = latest if is_bad else number
             wrong += not is_bad and number != due
-            assert number == latest  # the frame, or the nearest earlier one that is sound
+            assert number == latest  # the frame, or the nearest earlier one that is intact
         counted += sum(bad)
         total += len(bad)
     return wrong, counted, total
 
 
 @pytest.mark.parametrize("kind", ["hevc_hashed", "hevc_hashed_open_gop"])
-def test_hashes_tell_of_all_damage(kind, made, tmp_path):
+def test_hash_sei_reveals_all_damage(kind, made, tmp_path):
     wrong, counted, total = wrong_and_counted(kind, made, tmp_path)
     assert wrong == 0 and 0 < counted < total
 
 
 @pytest.mark.parametrize("kind", ["h264_bframes", "h264_one_keyframe", "mpeg4", "mpeg4_avi"])
 def test_damage_seldom_goes_unnoticed(kind, made, tmp_path):
-    """A flipped bit may make another valid picture, and no decoder can tell."""
+    """A flipped bit may make another valid frame, and no decoder can know."""
     wrong, counted, total = wrong_and_counted(kind, made, tmp_path)
     assert wrong <= 0.01 * total and 0 < counted < total
 
@@ -256,9 +256,9 @@ def test_a_still_picture_is_a_video_of_one_frame(form, tmp_path):
 
 
 @pytest.mark.parametrize("tenths", range(3, 10))
-def test_a_file_cut_within_its_pictures_gives_those_before_the_cut(tenths, made, tmp_path):
-    """Its table, at the front, promises more. Frames are told by their times: a picture is coded
-    before those that lean on it from its past, so that some may lack between those that are there.
+def test_a_file_cut_within_its_packets_gives_those_before_the_cut(tenths, made, tmp_path):
+    """Its table, at the front, promises more. Frames are identified by PTS: a reference is coded
+    before the B-frames that are shown before it, so some may be missing between those that come.
     """
     clip = made("h264_table_first")
     content = clip.path.read_bytes()

@@ -1,4 +1,4 @@
-"""Bad files: a clear error that names the file, or sound frames and a count of the others."""
+"""Bad files: a clear error that names the file, or intact frames and a count of the others."""
 
 import re
 
@@ -12,8 +12,8 @@ from tests.media.clips import KINDS
 from tokenprune.errors import DecodeError, MediaError, NoVideoStreamError
 from tokenprune.media import index_video, probe, read_video, stream_video
 from tokenprune.media.decode.demux import PacketReader
-from tokenprune.media.decode.pictures import PictureDecoder
-from tokenprune.media.index.h264 import slices
+from tokenprune.media.decode.frames import PacketDecoder
+from tokenprune.media.index.h264 import slice_count
 
 
 def spoil(clip, name, change):
@@ -128,10 +128,10 @@ def test_damage_is_counted_and_filled_from_before(kind, clip, truth):
     assert np.array_equal(video.substituted.numpy(), again.substituted.numpy())
 
 
-def test_codec_threads_tell_of_all_damage(tmp_path):
-    """A file with one keyframe is decoded by threads of the codec, one of which may hand out a
-    picture that another has not yet found to be cut off: this is seen once in eight to sixty."""
-    options = clips.x264("keyint=infinite:scenecut=0:bframes=3:qp=15")  # large pictures
+def test_frame_threads_report_all_damage(tmp_path):
+    """A file with one keyframe is decoded by frame threads, one of which may hand out a frame that
+    another has not yet found to be cut off: this is seen once in eight to sixty."""
+    options = clips.x264("keyint=infinite:scenecut=0:bframes=3:qp=15")  # large frames
     whole = clips.encode(tmp_path / "one.ts", options=options)
     with av.open(str(whole.path)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
@@ -152,23 +152,23 @@ def test_codec_threads_tell_of_all_damage(tmp_path):
     assert seen > 4
 
 
-def test_codec_threads_are_used_where_they_tell(clip, tmp_path):
-    """A picture in slices may lack one without an error; an open group may start with errors."""
+def test_frame_threads_are_used_where_they_report_damage(clip, tmp_path):
+    """A frame may lack a slice without an error; an open GOP may start with errors."""
     sliced = clips.encode(tmp_path / "sliced.mp4", options=clips.x264("slices=4:bframes=0"))
     kinds = {"h264_one_keyframe": 2, "hevc_open_gop_mkv": 2, "h264_open_gop": 1, "mpeg4": 1}
     paths = {clip(kind).path: threads for kind, threads in kinds.items()} | {sliced.path: 1}
     for path, threads in paths.items():
-        decoder = PictureDecoder(index_video(path), 2)
+        decoder = PacketDecoder(index_video(path), 2)
         assert decoder._context.thread_count == threads
         decoder.close()
     with av.open(str(sliced.path)) as container:
         stream = container.streams.video[0]
-        header = stream.codec_context.extradata
-        assert {slices(bytes(p), header) for p in container.demux(stream) if p.size} == {4}
+        extradata = stream.codec_context.extradata
+        assert {slice_count(bytes(p), extradata) for p in container.demux(stream) if p.size} == {4}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_codec_threads_imagine_no_damage(kind, clip):
+def test_frame_threads_report_no_damage_that_is_not_there(kind, clip):
     """Else all would be decoded a second time."""
     path = clip(kind).path
     last = index_video(path).info.frame_count - 1
@@ -263,7 +263,7 @@ def test_frames_behind_a_damaged_start_are_not_lost(clip, truth):
         assert np.array_equal(frames[~bad], truth("h264_open_gop")[~bad])
 
 
-def test_a_later_sound_picture_is_better_than_a_damaged_one(clip, truth):
+def test_a_later_intact_frame_is_better_than_a_damaged_one(clip, truth):
     source = clip("h264_all_intra").path
     content = bytearray(source.read_bytes())
     with av.open(str(source)) as container:
@@ -280,10 +280,10 @@ def test_a_later_sound_picture_is_better_than_a_damaged_one(clip, truth):
     assert video.substituted.tolist() == [True, True, False]
 
 
-def test_a_damaged_start_hides_no_turn(clip, monkeypatch):
-    """The first picture tells how to hold all of them, wherever it comes."""
+def test_a_damaged_start_hides_no_rotation(clip, monkeypatch):
+    """The first frame that can be decoded tells the rotation, wherever it comes."""
     path, _ = blanked(clip("h264_rotated"), "beheaded_turned", slice(None, 24))
-    monkeypatch.setattr("tokenprune.media.index.index._LOOKS", 10)
+    monkeypatch.setattr("tokenprune.media.index.scan.MOST_CHECKED", 10)
 
     video = read_video(path, indices=[3, 40])
 
@@ -292,7 +292,7 @@ def test_a_damaged_start_hides_no_turn(clip, monkeypatch):
     assert video.substituted.tolist() == [True, False]
 
 
-def test_packets_passed_over_are_told_of(clip):
+def test_packets_passed_over_are_reported(clip):
     """So that reading can be ended, and is not taken for hanging."""
     index, seen = index_video(clip("h264_ts_joined").path), []
     reader = PacketReader(index, lambda: seen.append(1))

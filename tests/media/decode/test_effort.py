@@ -1,4 +1,4 @@
-"""When decoding really ran, as a stream tells."""
+"""When decoding really ran, as a stream reports it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check(group, began, now):
 
 @pytest.mark.parametrize("worker_kind", ["thread", "process"])
 @pytest.mark.parametrize("kind", ["h264_all_intra", "h264_one_keyframe", "h264_bframes"])
-def test_a_group_tells_when_it_was_decoded(kind, worker_kind, clip):
+def test_a_group_reports_when_it_was_decoded(kind, worker_kind, clip):
     began = time.perf_counter()
     groups = []
     for group in stream_video(
@@ -57,7 +57,7 @@ def test_groups_are_decoded_while_the_caller_is_busy(clip):
     stream.close()
 
 
-def test_a_whole_read_tells_too(clip):
+def test_a_whole_read_reports_it_too(clip):
     began = time.perf_counter()
     video = read_video(clip("h264_bframes").path, indices=[40, 3, 3], workers=2)
 

@@ -53,7 +53,7 @@ def test_number_of_workers_changes_nothing(kind, clip):
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - COUNTED - {"h264_one_frame"}))
-def test_few_frames_cost_few_pictures(kind, clip):
+def test_few_frames_cost_little_decoding(kind, clip):
     count = len(clip(kind).numbers)
     video = read_video(clip(kind).path, indices=[count // 3], workers=1)
     assert 1 <= video.pictures_decoded <= count * 2 // 3
@@ -61,7 +61,7 @@ def test_few_frames_cost_few_pictures(kind, clip):
 
 @pytest.mark.parametrize("kind", ["h264_open_gop", "hevc_open_gop_mkv"])
 def test_cut_units_give_the_same(kind, clip, truth, monkeypatch):
-    """Long units are cut inside open groups; here, wherever they can be."""
+    """Long units are cut inside open GOPs; here, wherever they can be."""
     index = index_video(clip(kind).path)
     monkeypatch.setattr("tokenprune.media.decode.plan._wanted", lambda *_: 0.0)
     assert len(plan_units(index, np.arange(72), 2)) > 1 == len(plan_units(index, np.arange(72)))
@@ -70,12 +70,12 @@ def test_cut_units_give_the_same(kind, clip, truth, monkeypatch):
     assert video.damaged == 0
 
 
-def test_pictures_that_serve_no_other_are_skipped(clip):
+def test_non_reference_frames_are_skipped(clip):
     video = read_video(clip("h264_one_keyframe").path, indices=[60], workers=1)
     assert video.pictures_decoded < 45  # 61 lie on the way; a third of them serve no other
 
 
-def test_temporal_layers_are_not_skipped(clip):
+def test_temporal_sub_layers_are_not_skipped(clip):
     assert index_video(clip("hevc").path).skippable
     assert not index_video(clip("hevc_layers").path).skippable
 

@@ -1,20 +1,11 @@
 """The plan, on packet tables written by hand; seeks that land in the wrong place."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from tokenprune.media import PacketIndex, VideoInfo, index_video
-from tokenprune.media.decode import plan
 from tokenprune.media.decode.demux import PacketReader
-from tokenprune.media.decode.plan import (
-    cpu_limit,
-    decode_starts,
-    earlier_start,
-    plan_units,
-    worker_count,
-)
+from tokenprune.media.decode.plan import decode_starts, earlier_start, plan_units
 
 
 def table(pts, keyframes, epoch=None, timed=True):
@@ -51,7 +42,7 @@ def test_a_unit_runs_from_keyframe_to_target():
     assert units(CLOSED, [1, 2]) == [(0, 3, 0, [1, 2])]
 
 
-def test_groups_without_targets_are_left_out():
+def test_gops_without_targets_are_left_out():
     assert units(CLOSED, [0, 11]) == [(0, 0, 0, [0]), (8, 9, 1, [11])]
 
 
@@ -62,14 +53,14 @@ def test_every_frame_is_planned_once():
     assert [u.size_bytes for u in planned] == [400, 400, 400]
 
 
-def test_leading_pictures_need_the_group_before():
+def test_leading_frames_need_the_gop_before():
     assert decode_starts(OPEN, np.array([5, 7, 0])).tolist() == [0, 4, 0]
     assert units(OPEN, [5]) == [(0, 6, 0, [5])]
     assert units(OPEN, [7]) == [(4, 8, 0, [7])]
     assert units(OPEN, [4, 6, 9]) == [(0, 7, 0, [4, 6, 9])]
 
 
-def test_no_picture_refers_across_a_break_of_the_clock():
+def test_no_frame_refers_across_a_discontinuity():
     broken = table(OPEN.pts, [0, 4], epoch=[0] * 4 + [1] * 6)
     assert decode_starts(broken, np.array([5, 7])).tolist() == [4, 4]
     assert earlier_start(broken, 4, 1) == 4
@@ -77,8 +68,8 @@ def test_no_picture_refers_across_a_break_of_the_clock():
     assert earlier_start(CLOSED, 8, 9) == 0
 
 
-def open_groups(count, length):
-    """An index of open groups: each keyframe is followed by two pictures shown before it."""
+def open_gops(count, length):
+    """An index of open GOPs: each keyframe is followed by two frames shown before it."""
     pts = [0]
     for group in range(count):
         first = 1 + group * length
@@ -90,9 +81,9 @@ def open_groups(count, length):
 
 
 def test_long_units_are_cut_for_several_workers():
-    index = open_groups(20, 30)
+    index = open_gops(20, 30)
     everything = np.arange(len(index.pts))
-    assert len(plan_units(index, everything)) == 1  # leading pictures chain all groups
+    assert len(plan_units(index, everything)) == 1  # leading frames chain all GOPs
     shared = plan_units(index, everything, 2)
 
     assert 6 <= len(shared) <= 16
@@ -112,55 +103,6 @@ def test_untimed_files_are_read_from_the_start():
 
 def test_a_file_may_begin_without_keyframe():
     assert units(table([0, 1, 2, 3], [2]), [1, 3]) == [(0, 1, 0, [1]), (2, 3, 1, [3])]
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, 8),
-        ({"/sys/fs/cgroup/cpu.max": "150000 100000"}, 2),
-        ({"/sys/fs/cgroup/cpu.max": "max 100000"}, 8),
-        ({"/sys/fs/cgroup/cpu.max": "50000 100000"}, 1),
-        ({"/sys/fs/cgroup/cpu.max": "1600000 100000"}, 8),  # more than there are
-        ({"/proc/self/cgroup": "0::/a/b\n", "/sys/fs/cgroup/a/b/cpu.max": "300000 100000"}, 3),
-        (
-            {
-                "/proc/self/cgroup": "0::/a/b\n",
-                "/sys/fs/cgroup/a/b/cpu.max": "300000 100000",
-                "/sys/fs/cgroup/a/cpu.max": "200000 100000",
-            },
-            2,
-        ),
-        (
-            {
-                "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "400000",
-                "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
-            },
-            4,
-        ),
-        (
-            {
-                "/proc/self/cgroup": "3:memory:/m\n2:cpu,cpuacct:/x\n",
-                "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
-                "/sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "250000",
-                "/sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000",
-            },
-            3,
-        ),
-    ],
-)
-def test_cpu_limit(files, expected, monkeypatch):
-    def read(path):
-        if str(path) not in files:
-            raise FileNotFoundError(path)
-        return files[str(path)]
-
-    assert 1 <= cpu_limit() <= 1 << 16
-    assert worker_count(3) == 3
-    monkeypatch.setattr(Path, "read_text", read)
-    monkeypatch.setattr(plan.os, "sched_getaffinity", lambda _: range(8), raising=False)
-    monkeypatch.setattr(plan.os, "cpu_count", lambda: 8)
-    assert worker_count(None) == expected
 
 
 class LateSeeks:

@@ -300,7 +300,7 @@ def test_cores_without_units_serve_the_codec(clip):
     bounds = group_bounds(1, 1, 1)
     decoder = FrameDecoder(index, np.array([71]), (8, 8), bounds=bounds, window=1, workers=4)
     worker = decoder._worker(0)
-    assert len(decoder._threads) == 1 and worker._quick._context.thread_count == 4
+    assert len(decoder._threads) == 1 and worker._decoder._context.thread_count == 4
     worker.close()
 
 

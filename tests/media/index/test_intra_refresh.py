@@ -1,4 +1,4 @@
-"""Gradual refreshes, whose rounds are marked as keyframes and are none."""
+"""Intra refresh, whose rounds are marked as keyframes though decoding cannot begin there."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def refreshed(request, tmp_path_factory):
 
 
 def test_decoding_begins_at_true_keyframes_only(refreshed):
-    """The pixels tell: a picture in a later round still shows what came before its round."""
+    """The pixels tell: a frame in a later round still shows what came before its round."""
     truth = decode_sequentially(refreshed)
     for rank in (15, 38, 75, 101, 149):
         video = read_video(refreshed, indices=[rank], workers=1)
@@ -31,15 +31,15 @@ def test_rounds_are_no_starts(refreshed, tmp_path):
     assert index_video(refreshed).starts.tolist() == [0]
     plain = encode(tmp_path / "p.mp4", numbers=range(60), options=x264("keyint=20:scenecut=0"))
     assert index_video(plain.path).starts.tolist() == [0, 20, 40]
-    open_group = x264("open-gop=1:keyint=20:min-keyint=20:scenecut=0:bframes=3")
-    plain = encode(tmp_path / "o.mp4", numbers=range(60), options=open_group)
+    open_gop = x264("open-gop=1:keyint=20:min-keyint=20:scenecut=0:bframes=3")
+    plain = encode(tmp_path / "o.mp4", numbers=range(60), options=open_gop)
     assert len(index_video(plain.path).starts) == 3
 
 
-def test_a_round_that_the_table_hid_is_noticed(tmp_path, monkeypatch):
+def test_a_round_that_the_sample_table_hid_is_noticed(tmp_path, monkeypatch):
     path = encode(tmp_path / "r.mp4", numbers=range(60), options=ROUNDS).path
     with monkeypatch.context() as patch:
-        patch.setattr(mp4, "_has_gradual", lambda *_: False)
+        patch.setattr(mp4, "_has_intra_refresh", lambda *_: False)
         index = index_video(path)
     assert not index.scanned and index.starts.tolist() == [0, 20, 40]
 

@@ -64,7 +64,7 @@ def test_wrong_table_is_found_out(clip, monkeypatch):
     path = clip("h264_bframes").path
     right = read_video(path, frames=72)
     good = mp4.sample_table
-    monkeypatch.setattr("tokenprune.media.index.index.sample_table", lambda *_: wrong(good(*_)))
+    monkeypatch.setattr("tokenprune.media.index.build.sample_table", lambda *_: wrong(good(*_)))
 
     assert not np.array_equal(index_video(path).pts, index_video(path, scan=True).pts)
     assert index_video(path).timed
@@ -77,7 +77,7 @@ def test_wrong_table_is_found_out_in_a_stream(clip, monkeypatch):
     """What is still due is decoded by a scan."""
     path = clip("h264_bframes").path
     good = mp4.sample_table
-    monkeypatch.setattr("tokenprune.media.index.index.sample_table", lambda *_: wrong(good(*_)))
+    monkeypatch.setattr("tokenprune.media.index.build.sample_table", lambda *_: wrong(good(*_)))
 
     reader = VideoReader(path, workers=2)
     groups = list(reader.stream(frames=72, group=5, first_group=3))
@@ -98,7 +98,7 @@ def test_wrong_table_after_frames_that_a_scan_does_not_know(clip, monkeypatch):
         table = wrong(good(*arguments))
         return dataclasses.replace(table, discard=np.arange(len(table.size)) > 65)
 
-    monkeypatch.setattr("tokenprune.media.index.index.sample_table", wrong_early)
+    monkeypatch.setattr("tokenprune.media.index.build.sample_table", wrong_early)
     stream = stream_video(path, frames=10, group=2, workers=1)
     with pytest.raises(DecodeError, match=r"table of packets in .*mp4' is wrong.*after \d+ frames"):
         list(stream)
@@ -127,7 +127,7 @@ def test_table_at_odds_with_its_first_packets_is_not_used(clip, monkeypatch):
         table = good(*arguments)
         return dataclasses.replace(table, size=table.size - 1)
 
-    monkeypatch.setattr("tokenprune.media.index.index.sample_table", shorter)
+    monkeypatch.setattr("tokenprune.media.index.build.sample_table", shorter)
     assert index_video(path).scanned
 
 

@@ -237,7 +237,7 @@ def test_small_losses_do_not_add_up(tmp_path):
     path, noise = holed(tmp_path, lambda number: number % 3 != 1)
     sound = read_audio(path).numpy()
     assert abs(len(sound) - len(noise)) < 0.11 * 16000
-    for number in (51, 99, 174, 198):  # of pieces that are there: each fits best near its place
+    for number in (51, 99, 174, 198):  # of packets that are there: each fits best near its place
         score = np.correlate(sound, noise[320 * number :][:320])
         assert abs(score.argmax() - 320 * number) < 0.11 * 16000
 
@@ -250,25 +250,25 @@ def test_a_pause_is_silence(tmp_path):
     assert sound[27 * 16000 :][:8000] == pytest.approx(noise[2 * 16000 :][:8000], abs=1e-4)
 
 
-def pieces(*times):
+def audio_frames(*times):
     """Frames of 20 ms."""
     return [SimpleNamespace(time=time, samples=320, sample_rate=16000) for time in times]
 
 
 @pytest.mark.parametrize("leap", [0.5, 5.0, 30.0, -1.5, 90_000.0])
 def test_few_damaged_times_are_not_believed(leap):
-    """Several pieces may have their times from one that is damaged."""
+    """Several frames may have their PTS from one that is damaged."""
     clock = [2.0 + k / 50 for k in range(100)]
     odd = [time + leap for time in clock]
     for count in (1, 20, 45):
-        frame, *others = pieces(*odd[:count], *clock[count:])
-        assert audio._lost(frame, audio._Coming(iter(others)), 2.0) == 0
-    frame, *others = pieces(*odd)
+        frame, *others = audio_frames(*odd[:count], *clock[count:])
+        assert audio._gap_seconds(frame, audio._Lookahead(iter(others)), 2.0) == 0
+    frame, *others = audio_frames(*odd)
     due = leap if leap < 3600 else -leap
-    assert audio._lost(frame, audio._Coming(iter(others)), 2.0) == pytest.approx(due)
-    frame, *others = pieces(*odd[:10])  # the end of the track agrees as far as it goes
-    assert audio._lost(frame, audio._Coming(iter(others)), 2.0) == pytest.approx(due)
-    assert audio._lost(frame, audio._Coming(iter([])), 2.0) == 0
+    assert audio._gap_seconds(frame, audio._Lookahead(iter(others)), 2.0) == pytest.approx(due)
+    frame, *others = audio_frames(*odd[:10])  # the end of the track agrees as far as it goes
+    assert audio._gap_seconds(frame, audio._Lookahead(iter(others)), 2.0) == pytest.approx(due)
+    assert audio._gap_seconds(frame, audio._Lookahead(iter([])), 2.0) == 0
 
 
 def test_short_bursts_lie_where_they_belong(tmp_path):
@@ -283,9 +283,9 @@ def test_short_bursts_lie_where_they_belong(tmp_path):
 
 
 def test_looking_ahead_loses_no_frames():
-    coming, seen = audio._Coming(iter(pieces(*range(5)))), []
-    for frame in coming:
-        coming.agree(frame, is_gap=True)
+    ahead, seen = audio._Lookahead(iter(audio_frames(*range(5)))), []
+    for frame in ahead:
+        ahead.confirm(frame, is_gap=True)
         seen.append(frame.time)
     assert seen == [0, 1, 2, 3, 4]
 

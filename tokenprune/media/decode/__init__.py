@@ -1,1 +1,1 @@
-"""Frames from packets: intervals, demuxing, decoding in workers, rows in order."""
+"""Frames from packets: a plan by GOPs, demuxing, decoding in workers, rows in order."""

@@ -1,4 +1,4 @@
-"""Reading the packets of a run from the file, by reading on or by a seek that is checked."""
+"""Demuxing the packets of a decode unit, by reading on or by a seek that is checked."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -8,12 +8,13 @@ import av
 import numpy as np
 
 from tokenprune.errors import DecodeError
+from tokenprune.media.index.clock import MPEG_SYSTEMS
 from tokenprune.media.index.container import open_media, packets_of, video_stream
-from tokenprune.media.index.index import JOINABLE, NO_TIME, PacketIndex
-from tokenprune.media.index.intra_refresh import is_gradual
+from tokenprune.media.index.index import NO_PTS, PacketIndex
+from tokenprune.media.index.intra_refresh import is_intra_refresh
 
 SEEK_GAP_BYTES = 1 << 20  # below this, reading on is quicker than a seek
-LANDING_PACKETS = 4096  # how far to read after a seek for a packet that the index knows
+MOST_SKIPPED = 4096  # packets to read after a seek until the index knows one
 
 
 class IndexMismatch(DecodeError):
@@ -21,7 +22,7 @@ class IndexMismatch(DecodeError):
 
 
 class PacketReader:
-    """An open file that hands out packets by their number in the index; each worker has its own.
+    """A demuxer that hands out packets by their number in the index; each worker has its own.
 
     Each packet is compared with the index, so that a bad seek, or a file that changed, cannot go
     unnoticed.
@@ -62,7 +63,7 @@ class PacketReader:
                 if not self._sought:
                     name = self._index.info.path
                     raise IndexMismatch(f"{name!r} changed since it was opened; open it again")
-                self._may_seek = False  # this file's seeks cannot be trusted: once more from 0
+                self._may_seek = False  # this file's seeks cannot be trusted: read from packet 0
                 resume = max(resume, self._at)
                 self._reopen()
                 continue
@@ -72,7 +73,7 @@ class PacketReader:
                 yield number, packet
 
     def _go_to(self, first: int) -> None:
-        """Stand at or before packet `first`."""
+        """Position the demuxer at or before packet `first`."""
         gap = self._offset[first] - self._offset[min(self._at, len(self._offset) - 1)]
         if 0 <= gap <= SEEK_GAP_BYTES and self._at <= first:
             return
@@ -82,7 +83,7 @@ class PacketReader:
             self._reopen()
 
     def _seek(self, first: int) -> bool:
-        """Land at or before `first`, stepping back from keyframe to keyframe if need be."""
+        """Seek to or before `first`, stepping back from keyframe to keyframe if need be."""
         starts = self._index.starts
         at = int(np.searchsorted(starts, first, "right")) - 1
         for back in (0, 1, 2, 4):
@@ -93,10 +94,13 @@ class PacketReader:
         return False
 
     def _land(self, target: int, first: int) -> bool:
-        """Seek to a keyframe; True if what comes then is known and not after `first`."""
-        # Transport streams are searched by decode time. Elsewhere the keyframe before that time
-        # would be found, since keyframes are listed by presentation time.
-        times = self._index.dts if self._index.info.container in JOINABLE else self._index.pts
+        """Seek to a keyframe; True if the packet found is in the index, and not after `first`."""
+        # MPEG transport and program streams have no index: FFmpeg bisects the file by DTS, and a
+        # PTS could lead past the keyframe. Elsewhere it takes the time for a PTS: Matroska's cues
+        # hold PTS, and MP4's DTS are offset to be compared with it. A DTS, which lies before the
+        # keyframe's PTS, would lead to the keyframe before.
+        by_dts = self._index.info.container in MPEG_SYSTEMS
+        times = self._index.dts if by_dts else self._index.pts
         try:
             self._container.seek(int(times[target]), stream=self._stream)
         except av.error.FFmpegError:
@@ -104,7 +108,7 @@ class PacketReader:
         self._packets = packets_of(self._container, self._stream)
         self._pushed_back = None
         self._sought = True
-        for _ in range(LANDING_PACKETS):
+        for _ in range(MOST_SKIPPED):
             packet = self._next()
             if packet is None:
                 return False
@@ -115,7 +119,7 @@ class PacketReader:
         return False
 
     def _find(self, packet: Any) -> int | None:
-        """The number of a packet, by its presentation time and size."""
+        """The number of a packet, by its PTS and size; None if the index has no such packet."""
         if packet.pts is None:
             return None
         row = int(np.searchsorted(self._index.pts, packet.pts, sorter=self._by_pts))
@@ -128,13 +132,13 @@ class PacketReader:
         if not self._index.timed:  # read from the start only, in the order of the scan
             return bool(packet.size == self._index.size[self._at])
         if not self._index.scanned and packet.is_keyframe:
-            gradual = is_gradual(self._stream, memoryview(packet))
-            if self._index.keyframe[self._at] and gradual:
+            refresh = is_intra_refresh(self._stream, memoryview(packet))
+            if self._index.keyframe[self._at] and refresh:  # the sample table hid it
                 return False
         return self._matches(self._at, packet)
 
     def _matches(self, number: int, packet: Any) -> bool:
-        pts = NO_TIME if packet.pts is None else packet.pts
+        pts = NO_PTS if packet.pts is None else packet.pts
         return bool(self._index.pts[number] == pts and self._index.size[number] == packet.size)
 
     def _next(self) -> Any:
@@ -143,7 +147,7 @@ class PacketReader:
             return packet
         try:
             packet = next(self._packets, None)
-        except av.error.FFmpegError:  # where the scan ended, too
+        except av.error.FFmpegError:  # there the scan for the index ended, too
             return None
         self.bytes_read += packet.size if packet is not None else 0
         self._at_each()

@@ -1,4 +1,4 @@
-"""The decoder: workers that share the plan's units and deliver frames in groups, in order."""
+"""The pool of decoding workers: they share the plan's units and deliver groups in order."""
 
 import threading
 import time
@@ -12,53 +12,54 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import DecodeError, MediaError
-from tokenprune.media.decode.effort import Span
-from tokenprune.media.decode.plan import Unit, plan_units
+from tokenprune.media.decode.effort import WorkSpan
+from tokenprune.media.decode.plan import DecodeUnit, plan_units
 from tokenprune.media.decode.process import ProcessWorker
 from tokenprune.media.decode.rows import Ring, Rows, Stopped
 from tokenprune.media.decode.worker import UnitDecoder
 from tokenprune.media.index.index import Ints, PacketIndex
 
 WorkerKind = Literal["thread", "process"]
-AHEAD_BYTES = 32 << 20  # decoded ahead at most, if that is more than a group
+AHEAD_BYTES = 32 << 20  # of frames decoded ahead at most, if that is more than a group
 CLOSE_SECONDS = 5.0  # after this a thread is left behind: it hangs in the file system
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
-    """Decoded frames, a stretch of those asked for.
+class DecodedGroup:
+    """Consecutive ones of the frames asked for, decoded.
 
     Attributes:
         frames: uint8 `[G, 3, H, W]`.
-        first: number of its first frame among those asked for.
+        first: row of its first frame among those asked for.
         substituted: `[G]` bool, True where a damaged frame was replaced by the nearest earlier one.
         wait_seconds: time the caller waited for it.
-        effort: when workers were at it, by `time.perf_counter`; empty where that is not told.
+        effort: when workers decoded it, by `time.perf_counter`; empty where that is not known.
     """
 
     frames: Tensor
     first: int
     substituted: Tensor
     wait_seconds: float
-    effort: tuple[Span, ...] = ()
+    effort: tuple[WorkSpan, ...] = ()
 
 
 class FrameDecoder:
     """Decodes frames by rank in several workers; use it as a context manager.
 
     Memory is bounded: no frame is written that lies `window` frames or more after the last group
-    delivered. The unit that holds the next frame due is always under way, and never waits.
+    delivered. The decode unit that holds the next frame due is always being decoded, and never
+    waits.
 
     Args:
         index: the packet index of the file.
         ranks: `[F]` presentation ranks, strictly increasing.
         size: height and width of the frames.
-        bounds: `[G + 1]` numbers of the frames with which groups begin, and F.
+        bounds: `[G + 1]` rows at which groups begin, and F.
         window: frames in memory at most, besides those delivered; fewer where they are large, but
             a group always.
         workers: how many.
         worker_kind: threads of this process, or processes that share memory with it.
-        timeout_seconds: give up when no worker gets on for so long.
+        timeout_seconds: give up when no worker makes progress for so long.
     """
 
     def __init__(
@@ -74,14 +75,15 @@ class FrameDecoder:
         timeout_seconds: float = 60.0,
     ) -> None:
         self._index, self._size, self._bounds = index, size, bounds
-        self._patience = timeout_seconds
+        self._timeout = timeout_seconds
         units = plan_units(index, ranks, workers)
         self._units = iter(units)
         self._turn = threading.Lock()  # units are begun in order
         largest = int(np.diff(bounds).max())
         window = min(window, AHEAD_BYTES // (3 * size[0] * size[1]))
         window = min(len(ranks), max(window, largest))
-        # Units under way at a time; one more may be begun. Cores that are left serve the codec.
+        # Units being decoded at a time; one more may be begun. Cores that are left serve the codec
+        # as frame threads.
         at_once = max(1, len(units) * window // len(ranks))
         self._codec_threads = max(1, workers // at_once)
         workers = min(workers, len(units), at_once + 1)
@@ -127,7 +129,7 @@ class FrameDecoder:
 
     @property
     def pictures_decoded(self) -> int:
-        """Pictures that came out of all decoders so far."""
+        """Frames that came out of all decoders so far, those not asked for included."""
         return int(self._counters[:, 0].sum())
 
     @property
@@ -135,18 +137,18 @@ class FrameDecoder:
         """Bytes of the video's packets that all workers read so far."""
         return int(self._counters[:, 1].sum())
 
-    def groups(self) -> Iterator[Group]:
+    def groups(self) -> Iterator[DecodedGroup]:
         """The groups, in order.
 
         Raises:
-            DecodeError: nothing near a wanted frame could be decoded, a worker failed, or none got
-                on in time.
+            DecodeError: nothing near a wanted frame could be decoded, a worker failed, or none made
+                progress in time.
         """
         for number, first in enumerate(self._bounds[:-1].tolist()):
             begin = time.perf_counter()
             frames, substituted = self._take(number)
             waited = time.perf_counter() - begin
-            yield Group(frames, first, substituted, waited, self._rows.effort(number))
+            yield DecodedGroup(frames, first, substituted, waited, self._rows.effort(number))
 
     def _take(self, number: int) -> tuple[Tensor, Tensor]:
         try:
@@ -154,7 +156,7 @@ class FrameDecoder:
                 number,
                 is_alive=lambda: any(thread.is_alive() for thread in self._threads),
                 progress=lambda: int(self._counters.sum()),
-                patience=self._patience,
+                timeout_seconds=self._timeout,
             )
             return torch.from_numpy(frames), torch.from_numpy(substituted)
         except MediaError:
@@ -188,7 +190,7 @@ class FrameDecoder:
         self._processes.append(worker)
         return worker
 
-    def _next_unit(self) -> Unit | None:
+    def _next_unit(self) -> DecodeUnit | None:
         with self._turn:
             unit = None if self._rows.failed else next(self._units, None)
             if unit is not None:

@@ -1,7 +1,7 @@
 """Decoding in worker processes, which write rows into memory that they share with this one.
 
 A process is for callers that run much Python beside the decoder: a thread would have to wait for
-the interpreter's lock several times a packet.
+the GIL several times a packet.
 """
 
 import json
@@ -15,20 +15,19 @@ from pathlib import Path
 from typing import NoReturn
 
 from tokenprune.errors import DecodeError, MediaError
-from tokenprune.media.decode.plan import Unit
-from tokenprune.media.decode.rows import Picture, Ring, Rows
+from tokenprune.media.decode.plan import DecodeUnit
+from tokenprune.media.decode.rows import Pixels, Ring, Rows
 from tokenprune.media.decode.worker import UnitDecoder
 from tokenprune.media.index.index import PacketIndex
 
-# The packages' own __init__ files import torch, which costs a process seconds and hundreds of MiB
-# and is of no use to it: their places are taken by empty packages. The caller's main module is not
-# imported either, so scripts need no guard.
+# Nothing that is imported here imports torch, which would cost each process seconds and hundreds of
+# MiB. The package is looked for where the caller found it, by whatever means; and the caller's main
+# module is not imported, so scripts need no guard.
 BOOT = """
 import json, sys, types
 descriptor, folder, sys.path[:] = json.loads(sys.argv[1])
-for name in ("tokenprune", "tokenprune.media"):
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = [folder + name[len("tokenprune"):].replace(".", "/")]
+package = sys.modules["tokenprune"] = types.ModuleType("tokenprune")
+package.__path__ = [folder]
 from tokenprune.media.decode.process import serve
 serve(descriptor)
 """
@@ -36,7 +35,7 @@ serve(descriptor)
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What a worker process is told first: all that stays the same."""
+    """The first message to a worker process: all that stays the same."""
 
     index: PacketIndex
     size: tuple[int, int]
@@ -48,7 +47,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Ask:
+class LimitRequest:
     """A worker asks how far it may write; if it waits, until a row may be written."""
 
     row: int
@@ -56,24 +55,27 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Stored:
+class RowStored:
     """A worker has written a row."""
 
     row: int
     is_substitute: bool
 
 
-class Done:
+class UnitDone:
     """A worker has decoded its unit."""
 
 
+Message = LimitRequest | RowStored | UnitDone | Exception
+
+
 class ProcessWorker:
-    """This process's side of a worker process; a thread of this process drives it.
+    """Drives a worker process, from a thread of this process.
 
     Args:
         index: the packet index.
         size: height and width of the rows.
-        threads: threads inside the codec.
+        threads: frame threads inside the codec.
         rows: the rows, whose memory is `ring`.
         ring: shared memory.
         number: of this worker, whose counters it uses.
@@ -103,13 +105,13 @@ class ProcessWorker:
         slots, workers = len(ring.rows), len(ring.counters)
         self._send(Job(index, size, slots, workers, number, threads, ring.descriptor))
 
-    def decode(self, unit: Unit) -> None:
+    def decode(self, unit: DecodeUnit) -> None:
         """See `UnitDecoder`."""
         self._send(unit)
-        while not isinstance(message := self._receive(), Done):
+        while not isinstance(message := self._receive(), UnitDone):
             if isinstance(message, Exception):
                 raise message
-            if isinstance(message, Stored):
+            if isinstance(message, RowStored):
                 self._rows.stored(message.row, message.is_substitute)
             else:
                 if message.waits:
@@ -118,7 +120,7 @@ class ProcessWorker:
                 self._send(self._rows.limit)
 
     def kill(self) -> None:
-        """End the process at once; who waits for it learns that it is gone."""
+        """End the process at once; a thread that waits for its message is woken."""
         self._process.kill()
 
     def close(self) -> None:
@@ -131,16 +133,17 @@ class ProcessWorker:
         try:
             self._connection.send(message)
         except OSError:
-            self._mourn()
+            self._raise_ended()
 
-    def _receive(self) -> Ask | Stored | Done | Exception:
+    def _receive(self) -> Message:
         try:
-            message: Ask | Stored | Done | Exception = self._connection.recv()
+            message: Message = self._connection.recv()
             return message
         except (OSError, EOFError):
-            self._mourn()
+            self._raise_ended()
 
-    def _mourn(self) -> NoReturn:
+    def _raise_ended(self) -> NoReturn:
+        """Raise why the process has ended."""
         self._rows.check()  # it was ended on purpose
         code = self._process.wait()
         why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -154,23 +157,23 @@ class _RemoteRows:
         self._connection, self._ring = connection, ring
         self._limit = 0
 
-    def offer(self, row: int, *, waits: bool) -> Picture | None:
+    def offer(self, row: int, *, waits: bool) -> Pixels | None:
         """See `RowSink`."""
         if row >= self._limit:
-            self._connection.send(Ask(row, waits))
+            self._connection.send(LimitRequest(row, waits))
             self._limit = self._connection.recv()
         return self._ring[row] if row < self._limit else None
 
     def stored(self, row: int, is_substitute: bool) -> None:
         """See `RowSink`."""
-        self._connection.send(Stored(row, is_substitute))
+        self._connection.send(RowStored(row, is_substitute))
 
     def check(self) -> None:
         """See `RowSink`; a process is not asked to stop, but killed."""
 
 
 def serve(descriptor: int) -> None:
-    """Be a worker process: decode units until the caller is gone.
+    """Run as a worker process: decode units until the caller is gone.
 
     Args:
         descriptor: of the socket to the caller.
@@ -180,7 +183,7 @@ def serve(descriptor: int) -> None:
         job: Job = connection.recv()
         decoder = None
         while True:
-            unit: Unit = connection.recv()
+            unit: DecodeUnit = connection.recv()
             try:
                 decoder = decoder or _decoder(job, connection)
                 decoder.decode(unit)
@@ -191,7 +194,7 @@ def serve(descriptor: int) -> None:
             except Exception as error:  # of any kind, perhaps one that cannot be sent
                 connection.send(DecodeError(f"{type(error).__name__}: {error}"))
             else:
-                connection.send(Done())
+                connection.send(UnitDone())
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 

@@ -1,1 +1,1 @@
-"""Packet indices: which frames a file holds and where, without decoding any."""
+"""Packet indices: which frames a file holds and where, without decoding them."""

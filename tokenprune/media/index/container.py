@@ -1,4 +1,7 @@
-"""Opening media files, and what FFmpeg's streams and packets tell about themselves."""
+"""Opening media files with FFmpeg, and properties of its streams and packets.
+
+PyAV is imported where it is used: the command line checks paths before it loads anything heavy.
+"""
 
 import os
 from collections.abc import Iterator
@@ -6,14 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import av
-
 from tokenprune.errors import DecodeError, MediaError, NoVideoStreamError
 
 
 @contextmanager
 def open_media(path: str | os.PathLike[str]) -> Iterator[Any]:
     """Open a file with PyAV; every failure is a `MediaError` that names the file."""
+    import av
+
     name = os.fspath(path)
     check_file(name)
     try:
@@ -31,7 +34,7 @@ def open_media(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 
 def _no_protocol(name: str) -> str:
-    """A name in which no colon can be taken for the end of a protocol's name."""
+    """A path in which FFmpeg takes no colon for the end of a protocol's name, as in `http:`."""
     return os.path.join(os.curdir, name) if ":" in name and not os.path.isabs(name) else name
 
 
@@ -51,12 +54,14 @@ def check_file(path: str | os.PathLike[str]) -> None:
 
 
 def video_stream(container: Any) -> Any:
-    """The first video stream that is not a cover picture.
+    """The first video stream that is not an attached cover picture.
 
     Raises:
         NoVideoStreamError: there is none.
         DecodeError: FFmpeg has no decoder for it.
     """
+    import av
+
     covers = 0
     for stream in container.streams.video:
         if stream.disposition & av.stream.Disposition.attached_pic:
@@ -66,7 +71,8 @@ def video_stream(container: Any) -> Any:
                 f"{container.name!r}: no decoder for its video stream; convert it, to H.264 say"
             )
         else:
-            if stream.codec_context.name == "hevc":  # else it hides what its own hashes tell
+            # Else a frame whose hash SEI does not fit is concealed and not reported.
+            if stream.codec_context.name == "hevc":
                 stream.codec_context.options = {"err_detect": "crccheck+explode"}
             return stream
     what = "only a cover picture" if covers else "only sound" if container.streams.audio else "none"
@@ -74,36 +80,36 @@ def video_stream(container: Any) -> Any:
 
 
 def packets_of(container: Any, stream: Any) -> Iterator[Any]:
-    """The packets of a stream from where the file stands to its end."""
+    """Demux the packets of a stream, from where the file stands to its end."""
     try:
         yield from (packet for packet in container.demux(stream) if packet.size)
-    except IndexError:  # PyAV's, at the end, where streams appeared that the file did not announce
+    except IndexError:  # PyAV's, at the end, where streams appeared that no header announced
         return
 
 
 def is_hidden(stream: Any, packet: Any) -> bool:
-    """Whether a packet is never shown: VP8 stores pictures that only serve others unmarked."""
+    """Whether a packet is never shown: VP8 marks alternate reference frames in their data only."""
     return stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
 
 
-def geometry(stream: Any, picture: Any) -> tuple[int, int, int]:
-    """Displayed width and height, and the turn, from the first picture if it could be decoded."""
-    if picture is None:
+def geometry(stream: Any, frame: Any) -> tuple[int, int, int]:
+    """Displayed width and height, and rotation, from the first frame if one could be decoded."""
+    if frame is None:
         return stream.codec_context.width, stream.codec_context.height, 0
-    rotation = round(picture.rotation / 90) % 4 * 90
+    rotation = round(frame.rotation / 90) % 4 * 90
     if rotation in (90, 270):
-        return picture.height, picture.width, rotation
-    return picture.width, picture.height, rotation
+        return frame.height, frame.width, rotation
+    return frame.width, frame.height, rotation
 
 
 def is_skippable(stream: Any) -> bool:
-    """Whether pictures marked as unreferred truly serve no other one.
+    """Whether frames marked as non-reference truly serve no other one.
 
-    Not so in HEVC with temporal layers, where such a picture may serve a higher layer; the
-    stream's header (hvcC) tells their number. VP9 and AV1 hand on probabilities from any picture.
+    Not so in HEVC with temporal sub-layers, where such a frame may serve a higher sub-layer; the
+    stream's header (hvcC) tells their number. VP9 and AV1 hand on probabilities from any frame.
     """
     name = stream.codec_context.name
     if name == "hevc":
-        header = stream.codec_context.extradata or b""
-        return len(header) > 21 and header[0] == 1 and header[21] >> 3 & 7 == 1
+        hvcc = stream.codec_context.extradata or b""
+        return len(hvcc) > 21 and hvcc[0] == 1 and hvcc[21] >> 3 & 7 == 1  # numTemporalLayers
     return name in {"h264", "mpeg4", "mpeg2video", "mpeg1video", "vp8"}

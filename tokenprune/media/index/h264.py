@@ -1,34 +1,36 @@
-"""What the packets of H.264 hold."""
+"""Parsing H.264 packets: NAL units, slices, Exp-Golomb numbers."""
 
 from collections.abc import Iterator
 
-SLICE, IDR, NOTES = 1, 5, 6  # types of units: two that hold pictures, one for remarks
+SLICE, IDR_SLICE, SEI = 1, 5, 6  # nal_unit_type
 
 
-def units(packet: bytes, header: bytes) -> Iterator[bytes]:
-    """The units of a packet, or of its first bytes, each behind its length or a start code.
+def nal_units(packet: bytes, extradata: bytes) -> Iterator[bytes]:
+    """The NAL units of a packet, or of its first bytes.
 
     Args:
         packet: the content.
-        header: the stream's own, which tells which of the two it is.
+        extradata: the stream's header. In MP4 and Matroska it is an avcC box, which says how many
+            bytes the length before each unit has; elsewhere units follow start codes (Annex B).
     """
-    if not (header and header[0] == 1):
+    if not (extradata and extradata[0] == 1):
         yield from packet.split(b"\0\0\1")[1:]
         return
-    width, at = (header[4] & 3) + 1 if len(header) > 4 else 4, 0
+    width, at = (extradata[4] & 3) + 1 if len(extradata) > 4 else 4, 0
     while at + width < len(packet):
         length = int.from_bytes(packet[at : at + width], "big")
         yield packet[at + width : at + width + length]
         at += width + length
 
 
-def slices(packet: bytes, header: bytes) -> int:
-    """In how many pieces the picture of a packet is coded."""
-    return sum(bool(unit) and unit[0] & 31 in (SLICE, IDR) for unit in units(packet, header))
+def slice_count(packet: bytes, extradata: bytes) -> int:
+    """The number of slices in which the frame of a packet is coded."""
+    kinds = (unit[0] & 31 for unit in nal_units(packet, extradata) if unit)
+    return sum(kind in (SLICE, IDR_SLICE) for kind in kinds)
 
 
-def numbers(content: bytes, count: int) -> list[int]:
-    """The numbers, in exponential Golomb code, with which some content begins."""
+def exp_golomb(content: bytes, count: int) -> list[int]:
+    """The unsigned Exp-Golomb numbers, `ue(v)`, with which some content begins."""
     bits = "".join(f"{byte:08b}" for byte in content)
     found: list[int] = []
     at = 0

@@ -1,8 +1,8 @@
-"""The table of an MP4 file, which tells what a scan of its packets would.
+"""The sample table of an MP4 file, which tells what demuxing all its packets would.
 
-FFmpeg shows of it the decode times, sizes and places of all packets, after edit lists; only the
-shifts to presentation times have to be read from the file. What is found is compared with the
-first packets, and later with every packet that is decoded.
+FFmpeg's index of the stream has the DTS, size and position of every packet, with edit lists
+applied; only the composition offsets (PTS minus DTS, the `ctts` box) have to be read from the file.
+What is found is compared with the first packets, and later with every packet that is decoded.
 """
 
 import struct
@@ -16,26 +16,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenprune.media.index.intra_refresh import HEAD_BYTES, is_gradual
+from tokenprune.media.index.intra_refresh import HEAD_BYTES, is_intra_refresh
 
 Ints = NDArray[np.int64]
 LARGEST_MOOV_BYTES = 1 << 28
 LARGEST_COUNT = 1 << 24  # samples: three days of 60 frames a second
 _ENTRY = attrgetter("timestamp", "pos", "size", "flags")
-LOOKS = 16  # keyframes to look at; the others are when they are decoded
+KEYFRAMES_CHECKED = 16  # for intra refresh; the others are when they are decoded
 
 
 @dataclass(frozen=True, eq=False)
 class SampleTable:
-    """The packets of a track, in decode order; only the times lack a shift common to all.
+    """The packets of a track, in decode order; PTS lack a constant offset.
 
     Attributes:
-        dts: `[P]` decode time in ticks.
-        shift: `[P]` from decode to presentation time, in ticks, up to a constant.
+        dts: `[P]` decode timestamp in ticks.
+        shift: `[P]` composition offset, from DTS to PTS, in ticks, up to a constant.
         duration: `[P]` in ticks.
         size: `[P]` bytes.
         keyframe: `[P]` bool.
-        discard: `[P]` bool, True for packets that are decoded but not shown.
+        discard: `[P]` bool, True for packets that an edit list cuts: decoded, but not shown.
     """
 
     dts: Ints
@@ -47,62 +47,63 @@ class SampleTable:
 
 
 def sample_table(path: str, stream: Any) -> SampleTable | None:
-    """The table of an open file's video stream; None where it does not tell everything.
+    """The sample table of an open file's video stream; None where it does not tell everything.
 
-    That is so for other containers, fragmented files, files with more than one edit, files that
+    That is so for other containers, fragmented MP4, edit lists with more than one edit, files that
     are cut off, and tables with anything unusual in them.
     """
     entries = stream.index_entries
     if "mp4" not in stream.container.format.name or not len(entries):
         return None
-    if stream.codec_context.name == "vp8":  # marks hidden pictures in their data only
+    if stream.codec_context.name == "vp8":  # tells hidden frames in their data only
         return None
     try:
         moov = _moov(path)
         track = None if moov is None else _track(moov, stream.id)
-        offsets = None if track is None else _Samples(track)
+        samples = None if track is None else _Samples(track)
     except (struct.error, ValueError, IndexError, KeyError, OSError):
         return None  # the scan will say what is wrong, if anything is
-    if offsets is None:
+    if samples is None:
         return None
     values = chain.from_iterable(map(_ENTRY, entries))
     dts, position, size, flags = np.fromiter(values, np.int64).reshape(-1, 4).T
     if int((position + size).max()) > Path(path).stat().st_size:
         return None
-    order = np.argsort(offsets.position, kind="stable")
-    found = np.searchsorted(offsets.position, position, sorter=order)
+    order = np.argsort(samples.position, kind="stable")
+    found = np.searchsorted(samples.position, position, sorter=order)
     sample = order[np.minimum(found, len(order) - 1)]
-    if (offsets.position[sample] != position).any() or (offsets.size[sample] != size).any():
+    if (samples.position[sample] != position).any() or (samples.size[sample] != size).any():
         return None
     full = size > 0
     if np.bincount(sample[full]).max(initial=0) > 1:
         return None
     sample = sample[full]
-    if _has_gradual(path, stream, position[full & (flags & 1 > 0)]):
+    if _has_intra_refresh(path, stream, position[full & (flags & 1 > 0)]):
         return None
     return SampleTable(
         dts=dts[full],
-        shift=offsets.shift[sample],
-        duration=offsets.duration[sample],
+        shift=samples.shift[sample],
+        duration=samples.duration[sample],
         size=size[full],
         keyframe=(flags[full] & 1).astype(bool),
         discard=(flags[full] & 2).astype(bool),
     )
 
 
-def _has_gradual(path: str, stream: Any, keyframes: Ints) -> bool:
-    """Whether some of the keyframes at these positions are none; looks at a few, evenly spread."""
-    few = keyframes[np.linspace(0, len(keyframes) - 1, min(LOOKS, len(keyframes))).astype(int)]
+def _has_intra_refresh(path: str, stream: Any, keyframes: Ints) -> bool:
+    """Whether keyframes at these positions are rounds of intra refresh; checks some of them."""
+    count = min(KEYFRAMES_CHECKED, len(keyframes))
+    some = keyframes[np.linspace(0, len(keyframes) - 1, count).astype(int)]
     with open(path, "rb") as file:
-        for position in few.tolist():
+        for position in some.tolist():
             file.seek(position)
-            if is_gradual(stream, file.read(HEAD_BYTES)):
+            if is_intra_refresh(stream, file.read(HEAD_BYTES)):
                 return True
     return False
 
 
 class _Samples:
-    """The samples `[S]` of a track, from the boxes of its table."""
+    """The samples `[S]` of a track, from the boxes of its sample table (`stbl`)."""
 
     def __init__(self, track: bytes) -> None:
         boxes = _descend(track, b"mdia", b"minf", b"stbl")
@@ -135,7 +136,7 @@ class _Samples:
 
 
 def _moov(path: str) -> bytes | None:
-    """The content of the box that describes the film; None if parts are described elsewhere."""
+    """The content of the `moov` box; None if the file is fragmented (`moof`), or unusual."""
     found = None
     with open(path, "rb") as file:
         while len(head := file.read(8)) == 8:
@@ -186,7 +187,7 @@ def _descend(content: bytes, *names: bytes) -> bytes:
 
 
 def _track(moov: bytes, number: int) -> bytes | None:
-    """The content of a track's box, by the track's number."""
+    """The content of a track's `trak` box, by the track's number."""
     if _first(moov, b"mvex") is not None:
         return None
     for kind, box in _boxes(moov):
@@ -198,12 +199,12 @@ def _track(moov: bytes, number: int) -> bytes | None:
 
 
 def _words(box: bytes, start: int, kind: str) -> Ints:
-    """The counted numbers of a box, from byte `start`; the count lies right before."""
+    """The numbers of a box, from byte `start` on."""
     return np.frombuffer(box, kind, offset=start).astype(np.int64)
 
 
 def _edit_count(box: bytes) -> int:
-    """Edits that show something: others only delay the start."""
+    """The number of edits that show something: empty ones only delay the start."""
     step = 20 if box and box[0] else 12
     count = struct.unpack_from(">I", box, 4)[0]
     if len(box) < 8 + step * count:
@@ -223,7 +224,7 @@ def _sizes(box: bytes) -> Ints:
 
 
 def _runs(box: bytes, samples: int) -> Ints:
-    """`[S]` values stored as pairs of a count and a value."""
+    """`[S]` values that a box stores as pairs of a count and a value."""
     pairs = _words(box, 8, ">i4").reshape(-1, 2)
     if (pairs[:, 0] < 0).any() or int(pairs[:, 0].sum()) != samples:  # before memory is taken
         raise ValueError("times and samples differ in number")

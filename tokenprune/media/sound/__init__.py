@@ -1,1 +1,1 @@
-"""Sound tracks, and the features that models take of them."""
+"""Audio tracks, and the features that models take of them."""

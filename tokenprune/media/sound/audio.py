@@ -1,4 +1,4 @@
-"""The sound track of a file."""
+"""Decoding an audio track to mono samples that stay in step with the clock."""
 
 import math
 import os
@@ -18,10 +18,10 @@ from tokenprune.media.index.container import open_media, packets_of
 
 Samples = NDArray[np.float32]
 
-GAP_SECONDS = 0.1  # less than this between two pieces of sound may be rounding
-LONGEST_OVERLAP_SECONDS = 1.0  # more than this back in time is a new clock, as for pictures
-AGREEMENT_SECONDS = 1.0  # a gap or a fall is believed if for so long nothing speaks against it
-LONGEST_GAP_SECONDS = 3600.0  # more than this is a new clock, and nothing is missing
+GAP_SECONDS = 0.1  # less than this between two audio frames may be rounding
+LONGEST_OVERLAP_SECONDS = 1.0  # more than this back in time is a clock reset, as for video
+AGREEMENT_SECONDS = 1.0  # a gap or a reset is believed if for so long no PTS contradicts it
+LONGEST_GAP_SECONDS = 3600.0  # more than this is a discontinuity, and nothing is missing
 
 
 def read_audio(
@@ -33,19 +33,19 @@ def read_audio(
     start: float | None = None,
     end: float | None = None,
 ) -> Tensor:
-    """Decode a sound track to one channel, the mean of all, at the rate asked for.
+    """Decode an audio track to one channel, the mean of all, at the rate asked for.
 
-    Where a piece is lost or cannot be decoded, or the track pauses, silence takes its place, so
-    that all else stays in time to a tenth of a second; and what overlaps is cut. A gap of more than
-    an hour, or of more than a second back, is taken for the new clock of a file that was joined to
-    another; its sound follows at once.
+    Where a packet is lost or cannot be decoded, or the track pauses, silence takes its place, so
+    that all else stays in time to a tenth of a second; and what overlaps is cut. A leap of more
+    than an hour ahead, or of more than a second back, is taken for the discontinuity where another
+    file was joined to this one; its audio follows at once.
 
     Args:
         path: a local file, with or without video.
         sampling_rate: samples per second.
-        track: which of the file's sound tracks.
-        start_seconds: where on the file's own clock the sound is to begin (a video's
-            `start_seconds` keeps it in step with the frames): what comes before is left out, and
+        track: which of the file's audio tracks.
+        start_seconds: where on the file's own clock the samples are to begin (a video's
+            `start_seconds` keeps them in step with the frames): what comes before is left out, and
             silence stands in for what the track lacks. None: where the track begins.
         start: seconds from there on that are left out.
         end: seconds from there on where the part to read ends; past the end of the track means
@@ -100,10 +100,16 @@ def _check_part(start: float | None, end: float | None) -> None:
 
 
 def _cut(parts: Iterator[Samples], lead: int, begin: int, stop: int | None) -> tuple[Samples, int]:
-    """The samples from `begin` to `stop` of silence of length `lead`, and then the parts.
+    """The samples from `begin` to `stop` of `lead` samples of silence, and then the parts.
 
-    A negative lead says how many samples of the parts come before the first that counts. No part
-    after `stop` is decoded. Gives also how far the sound was followed.
+    Args:
+        parts: decoded samples; those after `stop` are not asked for.
+        lead: if negative, how many samples of the parts come before the first that counts.
+        begin: the first sample to return.
+        stop: the sample to end before; None for the end of the parts.
+
+    Returns:
+        The samples `[T]`, and the number of the last one decoded.
     """
     silence = max(0, lead if stop is None else min(lead, stop)) - begin
     kept = [np.zeros(max(0, silence), np.float32)]
@@ -117,20 +123,20 @@ def _cut(parts: Iterator[Samples], lead: int, begin: int, stop: int | None) -> t
 
 
 def _resample(frames: Iterator[Any], sampling_rate: int) -> Iterator[Samples]:
-    """One channel at the new rate: the mean of all, which never exceeds full scale."""
-    kind = resampler = due = None  # due: where, on the file's clock, the sound given so far ends
+    """Resample frames, and mix them to one channel: the mean never exceeds full scale."""
+    kind = resampler = due = None  # due: the PTS in seconds that the next frame should have
     excess = 0  # samples that are there twice
-    coming = _Coming(frames)
-    for frame in coming:
+    ahead = _Lookahead(frames)
+    for frame in ahead:
         due = frame.time if due is None else due
-        lost = _lost(frame, coming, due)
-        if lost > 0:
+        gap = _gap_seconds(frame, ahead, due)
+        if gap > 0:
             yield from _mono(resampler, None)
-            yield np.zeros(round(lost * sampling_rate), np.float32)
+            yield np.zeros(round(gap * sampling_rate), np.float32)
             kind = None
-        elif -LONGEST_OVERLAP_SECONDS < lost < 0:
-            excess = round(-lost * sampling_rate)
-        if lost:
+        elif -LONGEST_OVERLAP_SECONDS < gap < 0:
+            excess = round(-gap * sampling_rate)
+        if gap:
             due = frame.time
         if kind != (frame.layout.name, frame.format.name, frame.sample_rate):  # may change midway
             yield from _mono(resampler, None)
@@ -143,33 +149,33 @@ def _resample(frames: Iterator[Any], sampling_rate: int) -> Iterator[Samples]:
     yield from _mono(resampler, None)
 
 
-class _Coming:
-    """Frames one by one, of which the next ones can be looked at."""
+class _Lookahead:
+    """Iterates over audio frames, and lets the PTS of the next ones be compared."""
 
     def __init__(self, frames: Iterator[Any]) -> None:
         self._frames = frames
-        self._seen: deque[Any] = deque()
+        self._fetched: deque[Any] = deque()
 
     def __iter__(self) -> Iterator[Any]:
-        while self._seen or self._fetch():
-            yield self._seen.popleft()
+        while self._fetched or self._fetch():
+            yield self._fetched.popleft()
 
-    def agree(self, frame: Any, is_gap: bool) -> bool:
-        """Whether the time of a frame is no accident: those of the next second go on from it.
+    def confirm(self, frame: Any, is_gap: bool) -> bool:
+        """Whether the PTS of the next second go on from a frame's, so that its own is no fault.
 
-        After a gap there may be more of them, and after a fall more falls, but no way back.
+        After a gap there may be more gaps, and after a reset more resets, but no way back.
 
         Args:
             frame: the frame that came last.
-            is_gap: whether it came late, and not early.
+            is_gap: whether its PTS is late, and not early.
         """
         begin = due = frame.time
         at = 0
         while due - begin < AGREEMENT_SECONDS:
             due += frame.samples / frame.sample_rate
-            if at == len(self._seen) and not self._fetch():
+            if at == len(self._fetched) and not self._fetch():
                 return at > 0
-            frame = self._seen[at]
+            frame = self._fetched[at]
             at += 1
             late = 0.0 if frame.time is None else frame.time - due
             if (-late if is_gap else late) > GAP_SECONDS:
@@ -180,34 +186,33 @@ class _Coming:
     def _fetch(self) -> bool:
         frame = next(self._frames, None)
         if frame is not None:
-            self._seen.append(frame)
+            self._fetched.append(frame)
         return frame is not None
 
 
-def _lost(frame: Any, coming: _Coming, due: float | None) -> float:
-    """Seconds of sound that lack before a frame; below 0 where some is there twice, or a new clock
-    begins; 0 for none of it."""
+def _gap_seconds(frame: Any, ahead: _Lookahead, due: float | None) -> float:
+    """Seconds that are missing before a frame; below 0 for an overlap or a discontinuity."""
     if frame.time is None or due is None:
         return 0.0
-    lost: float = frame.time - due
-    if abs(lost) <= GAP_SECONDS:
+    gap: float = frame.time - due
+    if abs(gap) <= GAP_SECONDS:
         return 0.0
-    if not coming.agree(frame, is_gap=lost > 0):
-        return 0.0  # a damaged time among good ones
-    return lost if lost < LONGEST_GAP_SECONDS else -lost
+    if not ahead.confirm(frame, is_gap=gap > 0):
+        return 0.0  # a damaged PTS among good ones
+    return gap if gap < LONGEST_GAP_SECONDS else -gap
 
 
 def _mono(resampler: Any, frame: Any) -> list[Samples]:
-    """What the resampler gives for a frame; for None, what it still holds."""
+    """Resample a frame and mix it to one channel; None flushes what the resampler holds."""
     if resampler is None:
         return []
     return [part.to_ndarray().mean(axis=0) for part in resampler.resample(frame)]
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
-    """Decoded sound, damaged packets left out."""
+    """Decoded audio frames, damaged packets left out."""
     try:
-        for packet in chain(packets_of(container, stream), [None]):  # None: what is held back
+        for packet in chain(packets_of(container, stream), [None]):  # None flushes the decoder
             try:
                 yield from stream.codec_context.decode(packet)
             except av.error.FFmpegError:

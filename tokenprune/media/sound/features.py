@@ -1,4 +1,4 @@
-"""Sound in the forms that models take: at other rates, and as mel spectrograms; by torchaudio."""
+"""Audio features that models take: resampled, and as log-mel spectrograms; by torchaudio."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ RANGE = 8.0  # powers of ten below the loudest that are told apart
 
 
 def resample(samples: Tensor, rate: int, new_rate: int) -> Tensor:
-    """The same sound at another rate.
+    """Resample audio to another rate.
 
     Args:
         samples: float `[..., T]`.
@@ -34,9 +34,9 @@ def resample(samples: Tensor, rate: int, new_rate: int) -> Tensor:
 
 
 def log_mel(samples: Tensor, *, mels: int = 128, sampling_rate: int = 16000) -> Tensor:
-    """The logarithmic mel spectrogram of Whisper, which Qwen's models that hear take, too.
+    """The log-mel spectrogram of Whisper, which Qwen's audio models take, too.
 
-    All of the sound is used, however long; feature extractors cut it, to 30 or 300 seconds.
+    All samples are used, however many; feature extractors cut them, to 30 or 300 seconds.
 
     Args:
         samples: float `[T]`, full scale is -1 to 1.

@@ -1,0 +1,194 @@
+"""Decoding packets to frames, and writing the wanted frames to their rows."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import av
+import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
+from numpy.typing import NDArray
+
+from tokenprune.media.decode.damage import CountingTracker, DamageTracker, DecodedFrame
+from tokenprune.media.decode.plan import has_open_gops
+from tokenprune.media.index.container import open_media, packets_of, video_stream
+from tokenprune.media.index.h264 import slice_count
+from tokenprune.media.index.index import Ints, PacketIndex
+
+Write = Callable[[int, Any, bool], bool]
+Substitute = Literal["earlier", "later", "any"]
+GBR = (1, 2, 0)  # planes of swscale's planar RGB, as channels
+
+
+class Resizer:
+    """Scales a decoded frame, converts it to RGB and rotates it upright, into `[3, H, W]`."""
+
+    def __init__(self, size: tuple[int, int], rotation: int) -> None:
+        self._quarters = rotation // 90
+        self._height, self._width = size if self._quarters % 2 == 0 else size[::-1]
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame: Any, out: NDArray[np.uint8]) -> None:
+        planar: Any = self._reformatter.reformat(
+            frame,
+            width=self._width,
+            height=self._height,
+            format="gbrp",
+            interpolation=Interpolation.BILINEAR,
+            threads=1,
+        )
+        for plane, channel in zip(planar.planes, GBR, strict=True):
+            lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+            upright = lines[: self._height, : self._width]  # lines are padded
+            out[channel] = np.rot90(upright, self._quarters) if self._quarters else upright
+
+
+class PacketDecoder:
+    """Decodes packets with a codec context of its own, kept for all units of a worker.
+
+    Args:
+        index: the packet index.
+        threads: for frame threading in the codec; one is used where threads would hide damage.
+
+    Attributes:
+        frames: the number of frames that came out so far.
+    """
+
+    def __init__(self, index: PacketIndex, threads: int) -> None:
+        self._index = index
+        self._stack = ExitStack()
+        container = self._stack.enter_context(open_media(index.info.path))
+        stream = video_stream(container)
+        if threads > 1 and not _frame_threads_report_damage(container, stream, index):
+            threads = 1
+        self._context = stream.codec_context
+        self._context.thread_type = "FRAME" if threads > 1 else "NONE"
+        self._context.thread_count = threads
+        if threads > 1:
+            self._context.options = {"err_detect": "crccheck+explode"}
+        self._delay = threads - 1  # packets: frame threading delays output by so many
+        self.frames = 0
+
+    def close(self) -> None:
+        """Free the decoder."""
+        self._stack.close()
+
+    def decode(
+        self, packets: Iterable[tuple[int, Any]], wanted: Ints, *, skip_nonref: bool
+    ) -> Iterator[DecodedFrame]:
+        """Decode packets, from a keyframe on, to frames in presentation order.
+
+        Args:
+            packets: packets in decode order with their numbers in the index.
+            wanted: numbers of the packets whose frames are wanted.
+            skip_nonref: leave out non-reference frames that are not wanted.
+        """
+        keep = set(wanted.tolist())
+        tracker = (
+            DamageTracker(self._index, self._delay) if self._index.timed else CountingTracker()
+        )
+        self._context.flush_buffers()
+        self._context.skip_frame = "DEFAULT"
+        for number, packet in packets:
+            if skip_nonref:
+                self._context.skip_frame = "DEFAULT" if number in keep else "NONREF"
+            # A decoder copies a packet's PTS to its frame. Let that be the packet's place, which
+            # is unique, where timestamps may repeat or start anew.
+            place = int(self._index.place[number])
+            packet.pts = packet.dts = place
+            corrupt = packet.is_corrupt and not self._index.before_discontinuity(number)
+            tracker.feed(number, place, corrupt)
+            for frame in self._step(packet, tracker):
+                yield from tracker.take(frame)
+        for frame in self._step(None, tracker):  # flush what is held back for reordering
+            yield from tracker.take(frame)
+        yield from tracker.rest()
+
+    def _step(self, packet: Any, tracker: DamageTracker | CountingTracker) -> list[Any]:
+        try:
+            frames = list(self._context.decode(packet))
+        except av.error.FFmpegError:
+            tracker.fail()
+            return []
+        self.frames += len(frames)
+        return frames
+
+
+def _frame_threads_report_damage(container: Any, stream: Any, index: PacketIndex) -> bool:
+    """Whether frame threading reports all damage of a stream, and none that is not there.
+
+    With frame threading the codec decodes several frames at once, and may hand out one before the
+    thread that decodes a frame it refers to has flagged that one as corrupt. Errors, though, are
+    returned in order. So every damage should be an error, which `err_detect=explode` makes of it,
+    unless a frame has several slices: one that is missing raises no error. In H.264 it does raise
+    one that the leading frames of an open GOP lack their references where decoding begins there.
+    """
+    first = next(packets_of(container, stream), None)
+    if first is None or stream.codec_context.name == "mpeg4":
+        return False
+    if stream.codec_context.name != "h264":
+        return True
+    extradata = stream.codec_context.extradata or b""
+    return slice_count(bytes(first), extradata) == 1 and not has_open_gops(index)
+
+
+def fill(
+    frames: Iterable[DecodedFrame],
+    places: Iterable[int],
+    rows: Iterable[int],
+    write: Write,
+    *,
+    counted: bool,
+    substitute: Substitute | None,
+    stand_in: DecodedFrame | None = None,
+) -> list[int]:
+    """Write the wanted ones of some decoded frames to their rows.
+
+    Args:
+        frames: decoded frames in presentation order.
+        places: places of the wanted ones, increasing.
+        rows: their rows in the output.
+        write: takes a row, the PyAV frame for it, and whether that is a substitute; False if the
+            row cannot be written now.
+        counted: places are counted, so damaged frames are written as they come.
+        substitute: where a wanted frame does not come, or is damaged, write the nearest "earlier"
+            intact one; or, if there is none, the next intact one, which is "later"; or else "any".
+        stand_in: an intact frame that is known from before.
+
+    Returns:
+        The rows that were not written.
+    """
+    due = deque(zip(places, rows, strict=True))
+    missing: list[int] = []
+    intact, latest = stand_in, None
+    for found in frames:
+        place, frame, damaged = found
+        while due and (due[0][0] < place or (due[0][0] == place and damaged and not counted)):
+            row = due.popleft()[1]
+            if not (substitute and intact and write(row, intact.frame, True)):
+                missing.append(row)
+        if not damaged and (intact is None or intact.place < place):
+            intact = found
+            if substitute in ("later", "any"):  # before the row that is due: rows come in order
+                missing = _write_all(missing, frame, write)
+        if due and due[0][0] == place:
+            if not write(due[0][1], frame, damaged):
+                # Behind a gap, and outside the window; so are all that follow.
+                return missing + [row for _, row in due]
+            due.popleft()
+        latest = frame
+        if not due and not (missing and substitute in ("later", "any")):
+            return missing
+    rest = [row for _, row in due]
+    if substitute is None or (intact is None and substitute != "any"):
+        return missing + rest
+    last = latest if intact is None else intact.frame
+    if substitute == "earlier":  # the missing ones came before it
+        return missing + _write_all(rest, last, write)
+    return _write_all(missing + rest, last, write)
+
+
+def _write_all(rows: list[int], frame: Any, write: Write) -> list[int]:
+    """Write a substitute to all rows; returns those left, which are all when there is none."""
+    return [row for row in rows if frame is None or not write(row, frame, True)]

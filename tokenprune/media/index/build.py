@@ -1,0 +1,102 @@
+"""Building the packet index, from an MP4's sample table or by demuxing the whole file."""
+
+import os
+from typing import Any
+
+import numpy as np
+
+from tokenprune.errors import DecodeError
+from tokenprune.media.index.clock import clock_jumps, clock_resets, frame_seconds, is_timed
+from tokenprune.media.index.container import geometry, is_skippable, open_media, video_stream
+from tokenprune.media.index.index import NO_PTS, PacketIndex, VideoInfo
+from tokenprune.media.index.mp4 import sample_table
+from tokenprune.media.index.scan import Columns, PacketScan
+
+
+def index_video(path: str | os.PathLike[str], *, scan: bool = False) -> PacketIndex:
+    """Index the packets of a video file; only its first frame is decoded, for size and rotation.
+
+    Args:
+        path: a local file.
+        scan: demux all packets even if the file has a table of them.
+
+    Raises:
+        MediaError: the file is missing, empty, not media, without video, or without frames.
+    """
+    with open_media(path) as container:
+        stream = video_stream(container)
+        table = None if scan else sample_table(container.name, stream)
+        packets = PacketScan(stream)
+        columns = packets.read_all(container) if table is None else packets.check(container, table)
+        if columns is None:
+            return index_video(path, scan=True)
+        if not len(columns.shown):
+            raise DecodeError(f"{container.name!r} has a video stream but no frames in it")
+        index = _build(container, stream, packets, columns, scanned=table is None)
+    if not index.info.width or not index.info.height:
+        raise DecodeError(
+            f"{index.info.path!r}: no frame of its video can be decoded; convert it, to H.264 say"
+        )
+    return index
+
+
+def probe(path: str | os.PathLike[str]) -> VideoInfo:
+    """Say what a video file holds, by its packet index.
+
+    Raises:
+        MediaError: as `index_video`.
+    """
+    return index_video(path).info
+
+
+def _build(
+    container: Any, stream: Any, packets: PacketScan, columns: Columns, *, scanned: bool
+) -> PacketIndex:
+    pts, dts, shown, keyframe = columns.pts, columns.dts, columns.shown, columns.keyframe
+    tick, form = float(stream.time_base), container.format.name
+    resets = clock_resets(pts, dts, keyframe, tick, form)
+    section = np.cumsum(resets).astype(np.int64)  # [P]
+    by_time = np.lexsort((pts, section))  # [P] place to packet
+    visible = np.zeros(len(pts), bool)
+    visible[shown] = True
+    shown_by_time = by_time[visible[by_time]]  # [N]
+    timed = is_timed(container, stream, pts[shown_by_time], section[shown_by_time])
+
+    by_place = by_time if timed else np.arange(len(pts))
+    place = np.empty(len(pts), np.int64)
+    place[by_place] = np.arange(len(pts))
+    order = shown[np.argsort(place[shown])]  # [N] rank to packet
+    rate = float(stream.guessed_rate or stream.average_rate or 25)
+    seconds, step = frame_seconds(pts[order], section[order], tick, rate)
+    last = int(columns.duration[order[-1]]) * tick
+    duration = float(seconds[-1]) + (last if timed and last > 0 else step)
+
+    width, height, rotation = geometry(stream, packets.first_frame)
+    info = VideoInfo(
+        path=container.name,
+        duration_seconds=duration,
+        frame_count=len(order),
+        average_fps=len(order) / duration,
+        width=width,
+        height=height,
+        codec=stream.codec_context.name,
+        container=form,
+        has_audio=len(container.streams.audio) > 0,
+        rotation=rotation,
+        start_seconds=float(pts[order[0]] * tick) if pts[order[0]] != NO_PTS else 0.0,
+    )
+    return PacketIndex(
+        info=info,
+        pts=pts,
+        dts=dts,
+        size=columns.size,
+        keyframe=keyframe,
+        place=place,
+        epoch=np.cumsum(resets | clock_jumps(dts, tick, form)),
+        order=order,
+        seconds=seconds,
+        timed=timed,
+        skippable=timed and is_skippable(stream),
+        error=packets.error,
+        scanned=scanned,
+    )

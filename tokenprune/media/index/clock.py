@@ -1,0 +1,77 @@
+"""Timestamps of packets: whether they identify frames, where they break, and seconds from them."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenprune.media.index.index import NO_PTS, Bools, Ints
+
+RAW_STREAMS = {"h264", "hevc", "m4v", "mpegvideo"}  # no container: FFmpeg guesses their timestamps
+DTS_ONLY = {"avi", "asf"}  # containers that tell when frames are decoded, not when shown
+MPEG_SYSTEMS = {"mpegts", "mpeg"}  # transport and program streams: may be joined, clocks and all
+
+
+def clock_resets(pts: Ints, dts: Ints, keyframe: Bools, tick: float, form: str) -> Bools:
+    """`[P]` where the file's clock starts anew, at an earlier time.
+
+    In MPEG transport and program streams that is where DTS falls. Elsewhere DTS may be guesses
+    that waver; there the sign is a keyframe whose PTS lies before those of the GOP before, which no
+    stream with one clock allows.
+    """
+    if form in MPEG_SYSTEMS:
+        return np.diff(dts, prepend=dts[:1]) * tick < -1.0
+    resets = np.zeros(len(pts), bool)
+    starts = np.flatnonzero(keyframe)
+    if len(starts) > 1:
+        latest = np.maximum.reduceat(pts, starts)
+        resets[starts[1:]] = (latest[:-1] - pts[starts[1:]]) * tick > 1.0
+    return resets
+
+
+def clock_jumps(dts: Ints, tick: float, form: str) -> Bools:
+    """`[P]` where DTS leaps ahead: another recording may have been joined there."""
+    jumps = np.zeros(len(dts), bool)
+    if form in MPEG_SYSTEMS and len(dts) > 1:
+        steps = np.diff(dts) * tick
+        jumps[1:] = steps > max(10.0, 20 * float(np.median(steps)))
+    return jumps
+
+
+def is_timed(container: Any, stream: Any, pts: Ints, section: Ints) -> bool:
+    """Whether every shown packet has a PTS of its own; they come in presentation order."""
+    codec, form = stream.codec_context.name, container.format.name
+    # With B-frames DTS do not tell the order of presentation.
+    if form in RAW_STREAMS or (form in DTS_ONLY and codec in {"h264", "hevc"}):
+        return False
+    twins = (pts[1:] == pts[:-1]) & (section[1:] == section[:-1])
+    return bool((pts != NO_PTS).all() and not twins.any())
+
+
+def frame_seconds(
+    pts: Ints, section: Ints, tick: float, rate: float
+) -> tuple[NDArray[np.float64], float]:
+    """Times of frames from 0, sections set one after the other, and the usual frame duration.
+
+    Args:
+        pts: `[N]` by rank, in ticks.
+        section: `[N]` number of clock resets before each.
+        tick: seconds of a tick.
+        rate: frames a second as the file declares them, where PTS do not tell.
+
+    Returns:
+        Seconds `[N]`, and seconds of a frame.
+    """
+    if (pts == NO_PTS).any():
+        return np.arange(len(pts)) / rate, 1 / rate
+    steps = np.diff(pts) * tick
+    steps = steps[(np.diff(section) == 0) & (steps > 0)]
+    step = float(np.median(steps)) if len(steps) else 1 / rate
+    seconds = np.empty(len(pts))
+    start = 0.0
+    for number in np.unique(section):
+        here = section == number
+        ticks = np.sort(pts[here])
+        seconds[here] = start + (ticks - ticks[0]) * tick
+        start = float(seconds[here][-1]) + step
+    return seconds, step
