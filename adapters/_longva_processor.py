@@ -1,7 +1,7 @@
 """The processors of LongVA, which transformers lacks: images in tiles without a view of the whole.
 
 PerceptionLM takes images in one tensor, of equally many tiles each. Those of one prompt that have
-not are handed over as one, and told apart by the text between their placeholders, which the chat
+not are handed over as one, and separated by the text between their placeholders, which the chat
 template writes. Those of a batch of prompts are refused.
 """
 

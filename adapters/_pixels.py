@@ -1,4 +1,4 @@
-"""From what a processor made of a picture back to its grey levels."""
+"""Pixels: patches of a picture, and grey levels from normalised values."""
 
 from __future__ import annotations
 

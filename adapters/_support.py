@@ -1,4 +1,4 @@
-"""Which architectures pruning can work on at all, told from a configuration alone."""
+"""Architectures that pruning cannot work on, found by the config alone."""
 
 from __future__ import annotations
 

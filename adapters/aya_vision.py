@@ -45,11 +45,11 @@ class AyaVision(InternVL):
         alone = [1] * tiles
         if ids is None or ids.shape[1] == 0:
             return alone
-        held = ids == self.config.image_token_id
+        placeholders = ids == self.config.image_token_id
         # Beams repeat a sample in adjacent rows.
-        repeats = max(1, int(held.sum()) // max(1, tiles * tokens))
+        repeats = max(1, int(placeholders.sum()) // max(1, tiles * tokens))
         counts = []
-        for row, here in zip(ids[::repeats], held[::repeats], strict=True):
+        for row, here in zip(ids[::repeats], placeholders[::repeats], strict=True):
             edges = functional.pad(here.int(), (0, 1)).diff()
             after = torch.where(edges == -1)[0] + 1  # the place after each run, which is one tile
             if not len(after) or after[-1] == len(row):

@@ -24,7 +24,7 @@ __all__ = ["Adapter", "Item", "MediaCall", "Tower", "adapter_for", "list_models"
 
 @dataclass(eq=False)
 class MediaCall:
-    """One call of the model's encoder, as seen from outside.
+    """One call of an encoder: its arguments, and what it encoded.
 
     Attributes:
         modality: What was encoded.
@@ -41,10 +41,10 @@ class MediaCall:
 
 @dataclass(frozen=True)
 class Item:
-    """The placeholders of one image, clip or sound, in prompt order.
+    """The placeholders of one image, clip or audio, in prompt order.
 
     Attributes:
-        real: `[P]` bool: whether a placeholder stands for a patch (False: a newline token).
+        real: `[P]` bool: whether a placeholder stands for media (False: a newline or class token).
         canvas: `[N]` int64 for the `N` real ones: which canvas of the item, from 0; of several
             canvases of an image, 0 shows all of it.
         frame: `[N]` int64, -1 for images.
@@ -84,12 +84,12 @@ class Item:
         )
 
     @classmethod
-    def sound(cls, seconds: Tensor, frame: Tensor | None = None) -> Item:
-        """A sound: one canvas with a single line of tokens.
+    def audio(cls, seconds: Tensor, frame: Tensor | None = None) -> Item:
+        """Audio: one canvas with a single line of tokens.
 
         Args:
             seconds: `[N]`, when what each token stands for begins.
-            frame: `[N]` int64, where several tokens stand for the same stretch; None: none do.
+            frame: `[N]` int64, where several tokens stand for the same time; None: none do.
         """
         index = torch.arange(len(seconds))
         return cls(
@@ -116,7 +116,7 @@ class Tower:
 
 
 class Adapter(ABC):
-    """What tokenprune must know about a model family. One subclass, in one file of `adapters/`.
+    """The facts of a model family. One subclass, in one file of `adapters/`.
 
     The engine needs no per-family code: it finds the language model by `get_decoder()`. An
     adapter only says what each placeholder of the prompt stands for.
@@ -126,10 +126,10 @@ class Adapter(ABC):
     """`config.model_type` of the models served."""
     modalities: ClassVar[tuple[Modality, ...]]
 
-    sound_in_video: ClassVar[bool] = False
-    """Whether a clip's sound track stands between its frames (`use_audio_in_video`)."""
+    audio_in_video: ClassVar[bool] = False
+    """Whether audio of a clip is interleaved with its frames (`use_audio_in_video`)."""
     seconds_name: ClassVar[str | None] = None
-    """The model's argument that tells the seconds between frames; None if there is none."""
+    """The model's argument for the seconds between frames; None if there is none."""
 
     _registry: ClassVar[dict[str, type[Adapter]]] = {}
 
@@ -144,12 +144,12 @@ class Adapter(ABC):
 
     @classmethod
     def fix_config(cls, config: Any) -> Any:
-        """The configuration of a checkpoint, where releases of transformers misread it."""
+        """Correct the config of a checkpoint, where releases of transformers misread it."""
         return config
 
     @classmethod
     def fix_processor(cls, processor: Any) -> Any:
-        """The processor of a checkpoint, where transformers' cannot do all that its model can."""
+        """Replace the processor of a checkpoint, where it cannot do all that its model can."""
         return processor
 
     # -- where things are; the defaults serve most families
@@ -232,7 +232,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
-        """The images, clips or sounds that an encoder call encoded, in order.
+        """The images, clips or audio that an encoder call encoded, in order.
 
         Args:
             call: The encoder call.
@@ -240,7 +240,7 @@ class Adapter(ABC):
         """
 
     def frame_times(self, seconds: Tensor) -> Tensor:
-        """When the frames of a layout are, by the times of the pictures they are made of.
+        """The times of a layout's frames, from the times of the pictures they are made of.
 
         Args:
             seconds: `[F]` float64, those of the pictures that the processor was given.
@@ -255,14 +255,14 @@ class Adapter(ABC):
         return None
 
     def view_lengths(self, call: MediaCall) -> list[int] | None:
-        """Patches of each view, where a tower puts all views into one sequence without a word.
+        """Patches of each view, where a tower concatenates views and attention has no boundaries.
 
-        None where views are batched, or their boundaries are told to the attention.
+        None where views are batched, or attention is given their boundaries.
         """
         return None
 
     def padding(self, call: MediaCall) -> Tensor | None:
-        """Patches that fill up pictures inside views, which attention leaves out.
+        """Padding patches inside views, which attention masks.
 
         Returns:
             `[W, Nv]` bool for a tower that batches its views; None if there are none.
@@ -270,7 +270,7 @@ class Adapter(ABC):
         return None
 
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
-        """Bring maps of the encoder's views to the media tokens, as the model packs features.
+        """Pool and pack maps of views into one number a media token, as the model does features.
 
         Args:
             call: The encoder call, its `items` filled in.
@@ -284,7 +284,7 @@ class Adapter(ABC):
         )
 
     def grey(self, call: MediaCall) -> list[Tensor] | None:
-        """The pixels below each encoder token, `[Nv, pixels]` 0..255 a view; None if unknown."""
+        """Grey levels of each patch's pixels, `[Nv, pixels]` 0..255 a view; None if unknown."""
         return None
 
 

@@ -24,11 +24,11 @@ class Glm4v(Qwen2VL):
     def placeholders(
         self, input_ids: Tensor, types: Tensor | None = None
     ) -> dict[Modality, Tensor]:
-        held = input_ids == self.config.image_token_id
+        placeholders = input_ids == self.config.image_token_id
         if types is not None:  # part of a clip may come without the clip's marks
-            filmed = types == MODALITIES["video"]
+            video = types == MODALITIES["video"]
         else:
             started = (input_ids == self.config.video_start_token_id).cumsum(dim=1)
             ended = (input_ids == self.config.video_end_token_id).cumsum(dim=1)
-            filmed = started > ended
-        return {"image": held & ~filmed, "video": held & filmed}
+            video = started > ended
+        return {"image": placeholders & ~video, "video": placeholders & video}

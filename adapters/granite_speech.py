@@ -1,4 +1,4 @@
-"""Granite Speech: a Q-Former makes three tokens of each 0.3 seconds of sound."""
+"""Granite Speech: a Q-Former makes three tokens of each 0.3 seconds of audio."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from tokenprune.adapters._sound import MEL_SECONDS
+from tokenprune.adapters._audio import MEL_SECONDS
 from tokenprune.adapters.base import Adapter, Item, MediaCall
 from tokenprune.core.layout import Modality
 
@@ -18,19 +18,19 @@ STATE_SECONDS: Final = 2 * MEL_SECONDS
 
 
 class GraniteSpeech(Adapter):
-    """Granite Speech. Tokens of one window all hear all of it: their frame and time are its own."""
+    """Granite Speech. Tokens of a window all attend to all of it: they have its frame and time."""
 
     model_types = ("granite_speech",)
     modalities: ClassVar[tuple[Modality, ...]] = ("audio",)
 
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
-        features: Tensor = call.arguments["input_features"]  # [sounds, states, two mel frames]
+        features: Tensor = call.arguments["input_features"]  # [items, states, two mel frames]
         window = self.config.window_size
         queries = window // self.config.downsample_rate
-        mask = prompt.get("input_features_mask")  # [sounds, tokens]
+        mask = prompt.get("input_features_mask")  # [items, tokens]
         if mask is None:
             tokens = [-(-features.shape[1] // window) * queries] * len(features)
         else:
             tokens = mask.sum(dim=-1).tolist()
         frames = [torch.arange(count) // queries for count in tokens]
-        return [Item.sound(frame * (window * STATE_SECONDS), frame) for frame in frames]
+        return [Item.audio(frame * (window * STATE_SECONDS), frame) for frame in frames]

@@ -82,11 +82,11 @@ class Idefics3(Adapter):
         if ids is None or ids.shape[1] == 0:
             return alone
         ids = ids.cpu()
-        held = ids == self.config.image_token_id
+        placeholders = ids == self.config.image_token_id
         # Beams repeat a sample in adjacent rows.
-        repeats = max(1, int(held.sum()) // max(1, views * tokens))
+        repeats = max(1, int(placeholders.sum()) // max(1, views * tokens))
         tilings: list[tuple[int, int]] = []
-        for row, where in zip(ids[::repeats], held[::repeats], strict=True):
+        for row, where in zip(ids[::repeats], placeholders[::repeats], strict=True):
             starts = (functional.pad(where.int(), (1, 0)).diff() == 1).nonzero()[:, 0]
             marks = row[starts - 1]
             lines: list[int] = []  # tiles in each, of the image being read

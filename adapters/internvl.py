@@ -80,10 +80,10 @@ class InternVL(Adapter):
         alone = [1] * tiles
         if ids is None or ids.shape[1] == 0:
             return alone
-        held = ids == self.config.image_token_id
+        placeholders = ids == self.config.image_token_id
         # Beams repeat a sample in adjacent rows.
-        repeats = max(1, int(held.sum()) // max(1, tiles * tokens))
-        edges = functional.pad(held[::repeats].int(), (1, 1)).diff(dim=1)
+        repeats = max(1, int(placeholders.sum()) // max(1, tiles * tokens))
+        edges = functional.pad(placeholders[::repeats].int(), (1, 1)).diff(dim=1)
         runs = (edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]
         counts = (runs // tokens).tolist()
         fits = bool((runs % tokens == 0).all()) and sum(counts) == tiles

@@ -1,4 +1,4 @@
-"""Phi-4-multimodal: tiles and the whole of an image, and 12.5 tokens a second of sound."""
+"""Phi-4-multimodal: tiles and the whole of an image, and 12.5 tokens a second of audio."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tokenprune.adapters._audio import MEL_SECONDS, even_audio
 from tokenprune.adapters._pixels import HALF, Normalisation, patches
-from tokenprune.adapters._sound import MEL_SECONDS, evenly
 from tokenprune.adapters.base import Adapter, Item, MediaCall, Tower
 from tokenprune.core.layout import Modality
 
@@ -68,7 +68,7 @@ class Phi4Multimodal(Adapter):
 
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
         if call.modality == "audio":
-            return self._sounds(call)
+            return self._audio(call)
         return [_image(tiles, self._side()) for tiles in self._tiles(call)]
 
     def tower(self, modality: Modality) -> Tower | None:
@@ -99,11 +99,11 @@ class Phi4Multimodal(Adapter):
         pixels: Tensor = call.arguments["image_pixel_values"].flatten(0, 1)
         return list(self.normalisation.grey(patches(pixels, self.config.vision_config.patch_size)))
 
-    def _sounds(self, call: MediaCall) -> list[Item]:
+    def _audio(self, call: MediaCall) -> list[Item]:
         audio = self.config.audio_config
         step = audio.time_reduction * audio.downsample_rate * MEL_SECONDS
         sizes = torch.as_tensor(call.arguments["audio_embed_sizes"]).flatten().tolist()
-        return [evenly(tokens, step) for tokens in sizes]
+        return [even_audio(tokens, step) for tokens in sizes]
 
     def _patches(self) -> int:
         """Patches along a side of a view."""

@@ -1,30 +1,29 @@
-"""Qwen2-Audio: 25 tokens a second of sound."""
+"""Qwen2-Audio: 25 tokens a second of audio."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
-from tokenprune.adapters._sound import MEL_SECONDS, evenly
+from tokenprune.adapters._audio import MEL_SECONDS, even_audio
 from tokenprune.adapters.base import Adapter, Item, MediaCall
 from tokenprune.core.layout import Modality
 from tokenprune.errors import UnsupportedModelError
 
-__all__ = ["SECONDS_PER_TOKEN", "Qwen2Audio", "sounds"]
+__all__ = ["SECONDS_PER_TOKEN", "Qwen2Audio", "audio_items"]
 
 SECONDS_PER_TOKEN: Final = 4 * MEL_SECONDS
 
 
-def sounds(mel_frames: Tensor) -> list[Item]:
-    """Sounds of so many mel frames: a convolution of stride two, then a mean over two."""
+def audio_items(mel_frames: Tensor) -> list[Item]:
+    """Items of so many mel frames: a convolution of stride two, then a mean over two."""
     tokens = ((mel_frames - 1) // 2 + 1) // 2
-    return [evenly(count, SECONDS_PER_TOKEN) for count in tokens.tolist()]
+    return [even_audio(count, SECONDS_PER_TOKEN) for count in tokens.tolist()]
 
 
 class Qwen2Audio(Adapter):
-    """Qwen2-Audio. Prompts with one placeholder a clip, widened inside the model, are refused."""
+    """Qwen2-Audio. Prompts with one placeholder an item, expanded inside the model, are refused."""
 
     model_types = ("qwen2_audio",)
     modalities = ("audio",)
@@ -37,9 +36,9 @@ class Qwen2Audio(Adapter):
 
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
         ids = prompt.get("input_ids")
-        held = None if ids is None else ids == self.config.audio_token_id
-        if held is not None and not held.any():
-            return []  # the sounds belong to an earlier prompt
+        placeholders = None if ids is None else ids == self.config.audio_token_id
+        if placeholders is not None and not placeholders.any():
+            return []  # the audio belongs to an earlier prompt
         mask = prompt.get("feature_attention_mask")
         mask = call.arguments.get("feature_attention_mask") if mask is None else mask
         if mask is None:
@@ -47,13 +46,18 @@ class Qwen2Audio(Adapter):
                 "how long each sound is remains unknown without feature_attention_mask; pass all "
                 "that the model's processor returns"
             )
-        items = sounds(mask.sum(dim=-1))
+        items = audio_items(mask.sum(dim=-1))
         longest = max(len(item.real) for item in items)
-        # The model goes by the same sign: expanded placeholders are neighbours.
-        if held is not None and longest > 1 and not torch.any(held[:, 1:] & held[:, :-1]):
+        if placeholders is not None and longest > 1 and not _expanded(placeholders):
+            count = int(placeholders.sum())
             raise UnsupportedModelError(
-                f"the prompt holds {int(held.sum())} audio placeholders for {len(items)} sounds, "
+                f"the prompt holds {count} audio placeholders for {len(items)} sounds, "
                 "one each, and the model would widen them itself, which cannot be pruned; let the "
                 "model's processor expand the placeholders (give it text and sound in one call)"
             )
         return items
+
+
+def _expanded(placeholders: Tensor) -> bool:
+    """Whether any of the placeholders `[B, S]` are neighbours: the model goes by the same sign."""
+    return bool((placeholders[:, 1:] & placeholders[:, :-1]).any())

@@ -18,7 +18,7 @@ Grid = tuple[int, int, int]
 
 
 class Qwen2VL(Adapter):
-    """Qwen2-VL. A frame is a temporal patch (two pictures); its time is not told to the model."""
+    """Qwen2-VL. A frame is a temporal patch (two pictures); the model is not given its time."""
 
     model_types = ("qwen2_vl",)
     modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
@@ -85,12 +85,12 @@ class Qwen2VL(Adapter):
         return torch.arange(sum(t * (h // merge) * (w // merge) for t, h, w in grids))
 
     def _seconds_per_frame(self, call: MediaCall, prompt: dict[str, Any]) -> list[float] | None:
-        """Seconds between the frames of each clip; None if the model is not told."""
-        told = None if self.seconds_name is None else prompt.get(self.seconds_name)
-        if call.modality != "video" or told is None:
+        """Seconds between the frames of each clip; None if the model is not given them."""
+        seconds = None if self.seconds_name is None else prompt.get(self.seconds_name)
+        if call.modality != "video" or seconds is None:
             return None
         clips = len(self._grids(call))
-        steps: list[float] = torch.as_tensor(told, dtype=torch.float64).tolist()
+        steps: list[float] = torch.as_tensor(seconds, dtype=torch.float64).tolist()
         # Beams repeat each entry.
         return steps[:: len(steps) // clips] if len(steps) % clips == 0 else None
 

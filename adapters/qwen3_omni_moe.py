@@ -1,4 +1,4 @@
-"""Qwen3-Omni, the thinker: pictures as in Qwen3-VL, but timed; 13 tokens a second of sound."""
+"""Qwen3-Omni, the thinker: pictures as in Qwen3-VL, but timed; 13 tokens a second of audio."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from tokenprune.adapters._sound import MEL_SECONDS
+from tokenprune.adapters._audio import MEL_SECONDS
 from tokenprune.adapters.base import Item, MediaCall, Tower
 from tokenprune.adapters.qwen3_vl import Qwen3VL
 from tokenprune.core.layout import Modality
@@ -19,11 +19,11 @@ STRIDE: Final = 8
 
 
 class Qwen3OmniMoe(Qwen3VL):
-    """The thinker of Qwen3-Omni. The sound track of a clip is an item of its own."""
+    """The thinker of Qwen3-Omni. The audio of a clip is an item of its own."""
 
     model_types = ("qwen3_omni_moe_thinker",)
     modalities: ClassVar[tuple[Modality, ...]] = ("image", "video", "audio")
-    sound_in_video: ClassVar[bool] = True
+    audio_in_video: ClassVar[bool] = True
     seconds_name: ClassVar[str | None] = "video_second_per_grid"
 
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
@@ -31,7 +31,7 @@ class Qwen3OmniMoe(Qwen3VL):
             return super().items(call, prompt)
         mask: Tensor = call.arguments["feature_attention_mask"]
         chunk = 2 * self.config.audio_config.n_window
-        return [Item.sound(_seconds(count, chunk)) for count in mask.sum(dim=-1).tolist()]
+        return [Item.audio(_seconds(count, chunk)) for count in mask.sum(dim=-1).tolist()]
 
     def tower(self, modality: Modality) -> Tower | None:
         return None if modality == "audio" else super().tower(modality)

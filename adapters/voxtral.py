@@ -1,10 +1,10 @@
-"""Voxtral: 12.5 tokens a second of sound, in windows of 30 seconds, silence included."""
+"""Voxtral: 12.5 tokens a second of audio, in windows of 30 seconds, silence included."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from tokenprune.adapters._sound import MEL_SECONDS, Windows
+from tokenprune.adapters._audio import MEL_SECONDS, Windows
 from tokenprune.adapters.base import Adapter, Item, MediaCall
 from tokenprune.core.layout import Modality
 
@@ -14,8 +14,8 @@ __all__ = ["Voxtral"]
 class Voxtral(Adapter):
     """Voxtral.
 
-    The silence that fills a sound's last window is encoded and read like any other: the model is
-    not told where the sound ends. Its tokens are in the layout, and pruning may drop them.
+    The silence that pads the last window is encoded like any other: the model is not told where
+    the audio ends. Its tokens are in the layout, and pruning may drop them.
     """
 
     model_types = ("voxtral",)
@@ -31,4 +31,4 @@ class Voxtral(Adapter):
             whole=whole,
             seconds=features.shape[-1] * MEL_SECONDS,
         )
-        return windows.sounds(prompt["input_ids"] == self.config.audio_token_id)
+        return windows.items(prompt["input_ids"] == self.config.audio_token_id)

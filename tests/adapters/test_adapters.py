@@ -37,7 +37,7 @@ from tests.tiny.grids import VIDEO_END, VIDEO_START
 from tests.tiny.tiles import GLOBAL
 from tokenprune import prune
 from tokenprune.adapters.base import Adapter, MediaCall, adapter_for, list_models
-from tokenprune.adapters.qwen2_audio import sounds
+from tokenprune.adapters.qwen2_audio import audio_items
 from tokenprune.core.layout import AUDIO, MODALITIES, VIDEO, TokenLayout
 from tokenprune.core.layout import IMAGE as PICTURE
 from tokenprune.engine.layouts import lay_out
@@ -928,7 +928,7 @@ def test_tokens_of_a_sound_are_as_many_as_the_tower_says() -> None:
     tower: Any = adapter_for(build("qwen2_audio").model).base_model.audio_tower
     lengths = torch.arange(4, 100)
     _, tokens = tower._get_feat_extract_output_lengths(lengths)
-    assert [len(sound.real) for sound in sounds(lengths)] == tokens.tolist()
+    assert [len(sound.real) for sound in audio_items(lengths)] == tokens.tolist()
 
 
 def test_one_placeholder_a_sound_fails() -> None:

@@ -108,16 +108,16 @@ def test_frames_are_encoded_as_published(original: tuple[Path, Path], tmp_path: 
     assert len(getattr(clip, "vision_model", clip).encoder.layers) == 3
 
 
-def test_a_tower_taken_for_another_is_mended(original: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_tower_taken_for_another_is_fixed(original: tuple[Path, Path], tmp_path: Path) -> None:
     """Early releases of transformers read the tower of any PerceptionLM as one of timm's."""
     source, tower = original
     convert(source, tmp_path / "out", tower)
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     config.vision_config = transformers.TimmWrapperConfig()
-    mended = PerceptionLM.fix_config(config).vision_config
+    fixed = PerceptionLM.fix_config(config).vision_config
 
-    assert isinstance(mended, transformers.CLIPVisionConfig)
-    assert (mended.hidden_size, mended.num_hidden_layers) == (32, 3)
+    assert isinstance(fixed, transformers.CLIPVisionConfig)
+    assert (fixed.hidden_size, fixed.num_hidden_layers) == (32, 3)
     plain = transformers.PerceptionLMConfig()
     assert PerceptionLM.fix_config(plain).vision_config.model_type == "timm_wrapper"
 

@@ -274,7 +274,7 @@ def test_a_sound_beyond_what_a_processor_takes_fails(loaded):
     one.processor.max_audio_len = 2
     media = Media(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), audio=torch.zeros(48000))
     with pytest.raises(
-        MediaError, match=r"the audio lasts 3 seconds, and .* takes at most 2; give"
+        MediaError, match=r"the sound lasts 3 seconds, and .* takes at most 2; give"
     ):
         one.encode(media, "what?")
 

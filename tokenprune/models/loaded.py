@@ -90,7 +90,7 @@ class LoadedModel:
         arguments, parts = self._media_arguments(media)
         text = self.prompt(parts, question)
         inputs = dict(call_processor(self.processor, text=[text], **arguments))
-        # The processor puts audio between frames, and the model must be told that it did.
+        # The processor puts audio between frames, and the model needs to know that it did.
         return inputs | ({"use_audio_in_video": True} if self._interleaves(media) else {})
 
     def prompt(self, parts: list[dict[str, str]], question: str) -> str:
@@ -149,7 +149,7 @@ class LoadedModel:
     def _interleaves(self, media: Media) -> bool:
         """Whether the media are a video and its sound track, whose tokens are interleaved."""
         both = media.video is not None and media.audio is not None
-        return both and self.takes_video and self.adapter.sound_in_video
+        return both and self.takes_video and self.adapter.audio_in_video
 
     def _check_modality(self, modality: str) -> None:
         has = self.adapter.modalities

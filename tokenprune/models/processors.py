@@ -192,7 +192,7 @@ def split_audio(processor: Any, audio: Tensor, *, name: str) -> list[Tensor]:
     seconds = getattr(processor, "max_audio_len", None)
     if seconds is not None and len(audio) > seconds * SAMPLING_RATE:
         raise MediaError(
-            f"the audio lasts {len(audio) / SAMPLING_RATE:.0f} seconds, and {name} takes at most "
+            f"the sound lasts {len(audio) / SAMPLING_RATE:.0f} seconds, and {name} takes at most "
             f"{seconds}; give a shorter file, or choose another --model"
         )
     *whole, last = torch.split(audio, _longest_audio(processor) or len(audio))

@@ -21,7 +21,7 @@ from tests.releases import OLD, UNUSABLE
 from tests.tiny import AUDIO as PLACEHOLDER
 from tests.tiny import NAMES, Tiny, build, decoder_of, family_of
 from tokenprune import prune
-from tokenprune.adapters._sound import MEL_SECONDS
+from tokenprune.adapters._audio import MEL_SECONDS
 from tokenprune.adapters.base import adapter_for
 from tokenprune.core.layout import AUDIO, TokenLayout
 from tokenprune.errors import UnsupportedModelError

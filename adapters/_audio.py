@@ -1,4 +1,4 @@
-"""From a tower's windows to sounds, and from mel frames to seconds."""
+"""Audio: items from the windows of a tower, and seconds from mel frames."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 from tokenprune.adapters.base import Item
 from tokenprune.core.indices import runs
 
-__all__ = ["MEL_SECONDS", "Windows", "evenly"]
+__all__ = ["MEL_SECONDS", "Windows", "even_audio"]
 
 MEL_SECONDS: Final = 160 / 16_000
 """Between two mel frames: 160 samples at 16 kHz, in all families."""
 
 
-def evenly(tokens: int, seconds_per_token: float) -> Item:
-    """A sound whose tokens follow each other at equal distances."""
-    return Item.sound(torch.arange(tokens, dtype=torch.float64) * seconds_per_token)
+def even_audio(tokens: int, seconds_per_token: float) -> Item:
+    """Audio whose tokens follow each other at equal distances."""
+    return Item.audio(torch.arange(tokens, dtype=torch.float64) * seconds_per_token)
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of equal length into which a processor cuts what is too long for the tower.
+    """Windows of equal length into which a processor cuts audio that is too long for the tower.
 
     Attributes:
         tokens: Of each window, in the order of encoding.
@@ -37,28 +37,28 @@ class Windows:
     whole: int
     seconds: float
 
-    def sounds(self, held: Tensor) -> list[Item]:
-        """Join the windows of each sound.
+    def items(self, placeholders: Tensor) -> list[Item]:
+        """Join the windows of each item.
 
         The model is not told which windows belong together, but the prompt shows it: the
-        placeholders of a sound stand in one unbroken run, and only its last window may be short.
+        placeholders of an item stand in one unbroken run, and only its last window may be short.
 
         Args:
-            held: `[B, S]` bool, where the placeholders of the prompt are.
+            placeholders: `[B, S]` bool, where those of the prompt stand.
 
         Returns:
-            The sounds; windows that do not fill the runs are one sound each.
+            The items; windows that do not fill the runs are one item each.
         """
         left = list(self.tokens)
-        sounds = []
-        for run in runs(held):
+        items = []
+        for run in runs(placeholders):
             while run and left and left[0] <= run:
                 parts = [left.pop(0)]
                 while left and parts[-1] == self.whole and sum(parts) + left[0] <= run:
                     parts.append(left.pop(0))
                 run -= sum(parts)
-                sounds.append(parts)
-        return [self._joined(parts) for parts in [*sounds, *([one] for one in left)]]
+                items.append(parts)
+        return [self._joined(parts) for parts in [*items, *([one] for one in left)]]
 
     def _joined(self, parts: list[int]) -> Item:
         step = self.seconds / self.whole
@@ -66,4 +66,4 @@ class Windows:
             window * self.seconds + torch.arange(tokens, dtype=torch.float64) * step
             for window, tokens in enumerate(parts)
         ]
-        return Item.sound(torch.cat(seconds))
+        return Item.audio(torch.cat(seconds))
