@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from tokenprune.adapters.base import adapter_for
 from tokenprune.core.recipe import Recipe
 from tokenprune.core.stage import Method
-from tokenprune.engine.beams import refuse_torn
+from tokenprune.engine.beams import check_beam_media
 from tokenprune.engine.hooks import add_hook, shadow, switch_attention
 from tokenprune.engine.run import Given, Run
 from tokenprune.engine.schedule import make_schedule
@@ -140,7 +140,7 @@ class Patch:
             shadow(stack, adapter.base_model, path, run.encoders.watch(modality))
         if hasattr(model, "prepare_inputs_for_generation"):
             shadow(stack, model, "prepare_inputs_for_generation", run.check_prepared)
-            repeat = functools.partial(refuse_torn, adapter)
+            repeat = functools.partial(check_beam_media, adapter)
             shadow(stack, model, "_expand_inputs_for_generation", repeat)
         run.logits.watch(stack)
         before, after = "register_forward_pre_hook", "register_forward_hook"
