@@ -41,7 +41,7 @@ TOWERS: dict[str, dict[str, int]] = {
 }
 """Sizes of the tower that LongVA names, and does not describe."""
 
-DEMANDS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+SUPPORTED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     # Setting: what it is where the checkpoint leaves it open, and what can be served.
     "model_type": (None, ("llava_qwen",)),
     "mm_patch_merge_type": (None, ("unires",)),
@@ -70,7 +70,7 @@ UNUSED = (
 )
 """Ends of names of tensors that are left behind; a resampler, too, LongVA never calls."""
 
-CHAT = (
+CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}"
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -119,7 +119,7 @@ def convert(source: Path, out: Path, tower: Path | None = None) -> None:
 
 def _settings(source: Path) -> dict[str, Any]:
     settings = _read_config(source)
-    for name, (usual, served) in DEMANDS.items():
+    for name, (usual, served) in SUPPORTED.items():
         value = settings.get(name, usual)
         if value not in served:
             raise UnsupportedModelError(
@@ -262,7 +262,7 @@ def _processor(tokenizer: Any, config: Any, pinpoints: Any) -> Any:
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         pooling_ratio=config.projector_pooling_ratio,
-        chat_template=CHAT,
+        chat_template=CHAT_TEMPLATE,
     )
 
 

@@ -67,7 +67,7 @@ QUIRKS: list[tuple[str, str, str]] = [
     ),
     (
         "<5.10",
-        r"test_loading\.py::test_a_thinker_on_its_own_loads",
+        r"test_load\.py::test_a_thinker_on_its_own_loads",
         "thinkers of Qwen-Omni are known in whole checkpoints only",
     ),
     (

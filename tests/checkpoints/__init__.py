@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tests.checkpoints.base import SPECIAL, Maker, Saver
 from tests.tiny import build
+from tokenprune.models.load import load_model
+from tokenprune.models.loaded import LoadedModel
 
-__all__ = ["CHECKPOINTS", "HEARING", "SEEING", "WATCHING", "save_checkpoint"]
+__all__ = ["CHECKPOINTS", "HEARING", "SEEING", "WATCHING", "loader", "save_checkpoint"]
 
 _MODULES = [
     importlib.import_module(f"{__name__}.{one.name}") for one in pkgutil.iter_modules(__path__)
@@ -57,3 +61,12 @@ def save_checkpoint(name: str, folder: str | Path) -> Path:
     if not (folder / "processor_config.json").exists():  # a converter writes its own
         CHECKPOINTS[name]().save_pretrained(folder)
     return folder
+
+
+def loader(checkpoint: Callable[[str], Path]) -> Callable[[str], LoadedModel]:
+    """A function that loads the tiny model of a family on the CPU, each family once.
+
+    Args:
+        checkpoint: Gives the folder of a family's checkpoint.
+    """
+    return cache(lambda name: load_model(str(checkpoint(name)), device="cpu"))
