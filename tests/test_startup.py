@@ -45,7 +45,9 @@ def imported_by_command(*arguments: object) -> set[str]:
     return imported("from tokenprune.cli.app import main; main()", *arguments)
 
 
-@pytest.mark.parametrize("name", ["", ".catalog", ".cli.app", ".errors", ".methods", ".models"])
+@pytest.mark.parametrize(
+    "name", ["", ".catalog", ".cli.app", ".errors", ".media", ".methods", ".models"]
+)
 def test_imports_are_light(name: str) -> None:
     assert not HEAVY & imported(f"import tokenprune{name}")
 
@@ -63,7 +65,17 @@ def test_lists_and_usage_errors_are_light(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
+        ["ask", "missing.mp4", "what?"],
+        ["ask", __file__, " "],
+        ["ask", __file__, "what?", "--frames", 0],
         ["ask", __file__, "what?", "--max-new-tokens", 0],
+        ["ask", __file__, "what?", "--group", 0],
+        ["ask", "missing.safetensors", "what?"],
+        ["plan", "missing.mp4"],
+        ["plan", __file__, "--frames", 2, "--fps", 2],
+        ["watch", "missing.mp4", "--save", "a.safetensors"],
+        ["decode", "missing.mp4"],
+        ["decode", __file__, "--size", "big"],
     ],
 )
 def test_what_can_be_refused_early_is(arguments: list[object]) -> None:
