@@ -6,12 +6,13 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune.adapters._support import check_architecture
+from tokenprune.adapters._wrapped import unwrapped
 from tokenprune.core.context import ModelShape
 from tokenprune.core.layout import Modality
 from tokenprune.errors import UnsupportedModelError
@@ -297,14 +298,15 @@ def list_models() -> dict[str, type[Adapter]]:
     return dict(sorted(Adapter._registry.items()))
 
 
-def adapter_for(model: PreTrainedModel) -> Adapter:
-    """The adapter of a model.
+def adapter_for(model: nn.Module) -> Adapter:
+    """The adapter of a model, of the one inside where it is wrapped.
 
     Raises:
         UnsupportedModelError: No adapter serves its type, or none could.
     """
     from transformers import PreTrainedConfig  # heavy
 
+    model = unwrapped(model)
     config = getattr(model, "config", None)
     if isinstance(config, PreTrainedConfig):
         check_architecture(config)
@@ -315,4 +317,4 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
             f"no adapter for model_type {model_type!r}; known: {', '.join(known)}. "
             'Add adapters/<family>.py (see README, "Add a model")'
         )
-    return known[model_type](model)
+    return known[model_type](cast("PreTrainedModel", model))

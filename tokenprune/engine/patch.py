@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tokenprune.adapters.base import adapter_for
@@ -37,7 +37,7 @@ _ENTERING = threading.Lock()
 
 @contextmanager
 def prune(
-    model: PreTrainedModel,
+    model: nn.Module,
     *methods: Method | Recipe | str,
     positions: Literal["original", "compact"] = "original",
     frame_seconds: Sequence[Sequence[float] | Tensor] | None = None,
@@ -51,7 +51,8 @@ def prune(
     ```
 
     Args:
-        model: A model of a supported family (`tokenprune list`).
+        model: A model of a supported family (`tokenprune list`), or a wrapper around one, which
+            you go on calling: of PEFT, of `torch.compile`, or DistributedDataParallel.
         methods: Methods, recipes, or recipes as text, applied in this order.
         positions: "original" leaves every token its position in the unpruned sequence. "compact"
             numbers what is left of the input anew, for models with one-dimensional positions.
@@ -95,10 +96,10 @@ class Patch:
         RecipeError: The recipe does not fit it.
     """
 
-    def __init__(self, model: PreTrainedModel, recipe: Recipe, positions: str) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, positions: str) -> None:
         self.adapter = adapter_for(model)
         self.schedule = make_schedule(self.adapter, recipe, positions)
-        self._model = model
+        self._model = self.adapter.model  # without wrappers
 
     @contextmanager
     def run(self, report: Report, given: Given | None = None) -> Iterator[Run]:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tokenprune._version import __version__
+from tokenprune.adapters._wrapped import unwrapped
 from tokenprune.core.recipe import Recipe
 from tokenprune.core.stage import Method
 from tokenprune.engine.patch import Patch
@@ -19,7 +20,8 @@ from tokenprune.media.decode.pool import WorkerKind
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.models.prompts import check_question
 from tokenprune.report.answer import SECONDS, Answer
-from tokenprune.report.report import KVBytes, MediaTokens, Report, total
+from tokenprune.report.change import Change, MediaTokens, total
+from tokenprune.report.report import Report
 from tokenprune.report.timeline import Timeline
 from tokenprune.session.checks import check_session, check_watches
 from tokenprune.session.file import check_identity, check_path, identity, read, write
@@ -56,7 +58,7 @@ class Session:
     refused, for there is none yet, and so are those that weigh the whole video at once.
 
     Args:
-        model: A model of a supported family that takes videos or images.
+        model: A model of a supported family that takes videos or images, or a wrapper as in `prune`.
         processor: Its processor, with a chat template.
         recipe: What to prune; "none" prunes nothing.
         group: Frames that are prefilled at once.
@@ -72,7 +74,7 @@ class Session:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         processor: Any,
         recipe: Recipe | Method | str,
         *,
@@ -80,7 +82,8 @@ class Session:
         name: str | None = None,
     ) -> None:
         self.recipe = Recipe(recipe)
-        self._loaded = LoadedModel(model, processor, name or str(model.name_or_path or "model"))
+        inner: PreTrainedModel = unwrapped(model)
+        self._loaded = LoadedModel(inner, processor, name or str(inner.name_or_path or "model"))
         check_session(self.recipe)
         check_watches(self._loaded)
         self._patch = Patch(model, self.recipe, "original")
@@ -117,10 +120,10 @@ class Session:
         return total([group.media_tokens for group in self.groups])
 
     @property
-    def kv_bytes(self) -> KVBytes:
+    def kv_bytes(self) -> Change[int]:
         """Bytes of the cache that is kept: unpruned, and as measured."""
         groups = self._watcher.groups
-        return groups[-1].kv_bytes if groups else {"before": 0, "after": 0}
+        return groups[-1].kv_bytes if groups else Change(0, 0)
 
     @property
     def timeline(self) -> Timeline:
@@ -299,7 +302,7 @@ class Session:
 
     @classmethod
     def load(
-        cls, path: str | Path, model: PreTrainedModel, processor: Any, *, name: str | None = None
+        cls, path: str | Path, model: nn.Module, processor: Any, *, name: str | None = None
     ) -> Session:
         """A session that goes on where the saved one was: it answers the same, and may watch on.
 
@@ -314,7 +317,7 @@ class Session:
             TokenPruneError: It was saved with another model, other weights or another processor.
         """
         tensors, header = read(path)
-        check_identity(path, header["identity"], model)
+        check_identity(path, header["identity"], unwrapped(model))
         session = cls(
             model,
             processor,
