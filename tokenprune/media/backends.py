@@ -21,6 +21,15 @@ from tokenprune.media.decode.plan import has_open_gops
 from tokenprune.media.decode.pool import DecodedGroup
 from tokenprune.media.index.index import Ints, PacketIndex
 
+__all__ = [
+    "LIBRARIES",
+    "Backend",
+    "DecordDecoder",
+    "LibraryDecoder",
+    "TorchcodecDecoder",
+    "check_backend",
+]
+
 Backend = Literal["pyav", "decord", "torchcodec"]
 TIME_SLACK_SECONDS = 2e-3  # Matroska rounds times to milliseconds, and decord to floats
 FRAMES_AT_ONCE = 16  # at full size, before they are scaled

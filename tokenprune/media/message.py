@@ -14,6 +14,8 @@ from tokenprune.media.reader import VideoReader
 from tokenprune.media.size import MAX_TOKENS, MIN_TOKENS, PixelLimits
 from tokenprune.media.video import Video
 
+__all__ = ["read_message"]
+
 FRAME_MULTIPLE = 2  # frames of a temporal patch
 NUMBERS = (
     "fps",

@@ -9,6 +9,8 @@ from tokenprune.media.reader import TIMEOUT_SECONDS, VideoReader
 from tokenprune.media.sampling import Size
 from tokenprune.media.video import Video
 
+__all__ = ["read_video", "stream_video"]
+
 
 def read_video(
     path: str | os.PathLike[str],

@@ -17,6 +17,8 @@ from tokenprune.media.index.index import Ints, PacketIndex, VideoInfo
 from tokenprune.media.sampling import FrameRequest, Size, resolve_size
 from tokenprune.media.video import Timings, Video
 
+__all__ = ["TIMEOUT_SECONDS", "VideoReader", "group_bounds"]
+
 WINDOW_GROUPS = 3  # groups in memory beside the one delivered
 FIRST_GROUP = 4  # frames: what comes first should come soon
 TIMEOUT_SECONDS = 60.0

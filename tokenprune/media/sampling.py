@@ -9,6 +9,8 @@ import numpy as np
 from tokenprune.errors import MediaError
 from tokenprune.media.index.index import Ints, PacketIndex, VideoInfo
 
+__all__ = ["FrameRequest", "Size", "SizeRule", "check_amount", "parse_size", "resolve_size"]
+
 SizeRule = Callable[[int, int, int], tuple[int, int]]
 """From height and width of the source and the number of frames to height and width."""
 

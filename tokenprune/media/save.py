@@ -15,6 +15,8 @@ from tokenprune.media.reader import VideoReader
 from tokenprune.media.sampling import Size
 from tokenprune.media.video import Video
 
+__all__ = ["DecodeSummary", "decode_to"]
+
 MOST_NAMED = 20  # damaged frames in a text
 
 

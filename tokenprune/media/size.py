@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from tokenprune.errors import MediaError
 
+__all__ = ["MAX_TOKENS", "MIN_TOKENS", "PixelLimits", "ShortestEdge", "VolumeLimits"]
+
 MIN_TOKENS, MAX_TOKENS = 128, 768  # of a frame, by default; a token is `multiple` pixels a side
 LONGEST = 200  # times as long as wide
 

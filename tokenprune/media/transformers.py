@@ -14,6 +14,8 @@ from tokenprune.media.reader import VideoReader
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
 
+__all__ = ["register_with_transformers"]
+
 NAME = "tokenprune"
 
 

@@ -12,6 +12,8 @@ from tokenprune.media.index.index import VideoInfo
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
 
+__all__ = ["Timings", "Video"]
+
 
 @dataclass(frozen=True)
 class Timings:

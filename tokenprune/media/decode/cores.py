@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tokenprune.errors import MediaError
 
+__all__ = ["cpu_limit", "worker_count"]
+
 
 def worker_count(workers: int | None) -> int:
     """The number of workers asked for, checked; None means one for each core we may use.

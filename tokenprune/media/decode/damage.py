@@ -8,6 +8,8 @@ import numpy as np
 from tokenprune.media.decode.plan import decode_starts
 from tokenprune.media.index.index import PacketIndex
 
+__all__ = ["CountingTracker", "DamageTracker", "DecodedFrame"]
+
 
 class DecodedFrame(NamedTuple):
     """A frame that came out of a decoder.

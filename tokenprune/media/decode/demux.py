@@ -13,6 +13,8 @@ from tokenprune.media.index.container import open_media, packets_of, video_strea
 from tokenprune.media.index.index import NO_PTS, PacketIndex
 from tokenprune.media.index.intra_refresh import is_intra_refresh
 
+__all__ = ["IndexMismatch", "PacketReader"]
+
 SEEK_GAP_BYTES = 1 << 20  # below this, reading on is quicker than a seek
 MOST_SKIPPED = 4096  # packets to read after a seek until the index knows one
 

@@ -4,6 +4,8 @@ import threading
 import time
 from collections import defaultdict
 
+__all__ = ["Effort", "WorkSpan"]
+
 WorkSpan = tuple[float, float]
 """When some work began and ended, in seconds of `time.perf_counter`."""
 

@@ -16,6 +16,8 @@ from tokenprune.media.index.container import open_media, packets_of, video_strea
 from tokenprune.media.index.h264 import slice_count
 from tokenprune.media.index.index import Ints, PacketIndex
 
+__all__ = ["PacketDecoder", "Resizer", "Substitute", "Write", "fill"]
+
 Write = Callable[[int, Any, bool], bool]
 Substitute = Literal["earlier", "later", "any"]
 GBR = (1, 2, 0)  # planes of swscale's planar RGB, as channels

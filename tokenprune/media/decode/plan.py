@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from tokenprune.media.index.index import Ints, PacketIndex
 
+__all__ = ["DecodeUnit", "decode_starts", "earlier_start", "has_open_gops", "plan_units"]
+
 MOST_REORDERED = 64  # frames: how far a packet may lie behind its rank, where these are counted
 
 

@@ -19,6 +19,8 @@ from tokenprune.media.decode.rows import Ring, Rows, Stopped
 from tokenprune.media.decode.worker import UnitDecoder
 from tokenprune.media.index.index import Ints, PacketIndex
 
+__all__ = ["DecodedGroup", "FrameDecoder", "WorkerKind"]
+
 WorkerKind = Literal["thread", "process"]
 AHEAD_BYTES = 32 << 20  # of frames decoded ahead at most, if that is more than a group
 CLOSE_SECONDS = 5.0  # after this a thread is left behind: it hangs in the file system

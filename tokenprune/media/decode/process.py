@@ -20,6 +20,8 @@ from tokenprune.media.decode.rows import Pixels, Ring, Rows
 from tokenprune.media.decode.worker import UnitDecoder
 from tokenprune.media.index.index import PacketIndex
 
+__all__ = ["Job", "LimitRequest", "Message", "ProcessWorker", "RowStored", "UnitDone", "serve"]
+
 # Nothing that is imported here imports torch, which would cost each process seconds and hundreds of
 # MiB. The package is looked for where the caller found it, by whatever means; and the caller's main
 # module is not imported, so scripts need no guard.

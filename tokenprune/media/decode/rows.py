@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from tokenprune.media.decode.effort import Effort, WorkSpan
 from tokenprune.media.index.index import Bools, Ints
 
+__all__ = ["Pixels", "Ring", "RowSink", "Rows", "Stopped"]
+
 Pixels = NDArray[np.uint8]  # a row `[3, H, W]`, or several
 
 

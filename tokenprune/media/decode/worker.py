@@ -14,6 +14,8 @@ from tokenprune.media.decode.plan import DecodeUnit, earlier_start
 from tokenprune.media.decode.rows import RowSink
 from tokenprune.media.index.index import Ints, PacketIndex
 
+__all__ = ["UnitDecoder"]
+
 EXACT_RETRIES = (0, 1)  # keyframes to begin again earlier, skipping nothing, for a missing frame
 FURTHER = 4  # how many times as far each try looks for a frame that may stand for one
 

@@ -12,6 +12,8 @@ from tokenprune.media.index.index import NO_PTS, PacketIndex, VideoInfo
 from tokenprune.media.index.mp4 import sample_table
 from tokenprune.media.index.scan import Columns, PacketScan
 
+__all__ = ["index_video", "probe"]
+
 
 def index_video(path: str | os.PathLike[str], *, scan: bool = False) -> PacketIndex:
     """Index the packets of a video file; only its first frame is decoded, for size and rotation.

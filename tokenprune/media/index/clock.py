@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 from tokenprune.media.index.index import NO_PTS, Bools, Ints
 
+__all__ = ["MPEG_SYSTEMS", "clock_jumps", "clock_resets", "frame_seconds", "is_timed"]
+
 RAW_STREAMS = {"h264", "hevc", "m4v", "mpegvideo"}  # no container: FFmpeg guesses their timestamps
 DTS_ONLY = {"avi", "asf"}  # containers that tell when frames are decoded, not when shown
 MPEG_SYSTEMS = {"mpegts", "mpeg"}  # transport and program streams: may be joined, clocks and all

@@ -11,6 +11,16 @@ from typing import Any
 
 from tokenprune.errors import DecodeError, MediaError, NoVideoStreamError
 
+__all__ = [
+    "check_file",
+    "geometry",
+    "is_hidden",
+    "is_skippable",
+    "open_media",
+    "packets_of",
+    "video_stream",
+]
+
 
 @contextmanager
 def open_media(path: str | os.PathLike[str]) -> Iterator[Any]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+__all__ = ["IDR_SLICE", "SEI", "SLICE", "exp_golomb", "nal_units", "slice_count"]
+
 SLICE, IDR_SLICE, SEI = 1, 5, 6  # nal_unit_type
 
 

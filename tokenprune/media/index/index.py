@@ -10,6 +10,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["NO_PTS", "Bools", "Ints", "PacketIndex", "VideoInfo"]
+
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from tokenprune.media.index.h264 import IDR_SLICE, SEI, SLICE, exp_golomb, nal_units
 
+__all__ = ["HEAD_BYTES", "is_intra_refresh"]
+
 HEAD_BYTES = 4096  # of a packet: its slices may come after parameter sets and SEI
 _RECOVERY_POINT = 6  # SEI payload type
 _INTRA_SLICES = ([2], [4], [7], [9])  # slice_type I and SI, the latter two for all of the frame

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from tokenprune.media.index.index import Bools, Ints
 from tokenprune.media.index.intra_refresh import HEAD_BYTES, is_intra_refresh
 
-Ints = NDArray[np.int64]
+__all__ = ["SampleTable", "sample_table"]
+
 LARGEST_MOOV_BYTES = 1 << 28
 LARGEST_COUNT = 1 << 24  # samples: three days of 60 frames a second
 _ENTRY = attrgetter("timestamp", "pos", "size", "flags")
@@ -42,8 +43,8 @@ class SampleTable:
     shift: Ints
     duration: Ints
     size: Ints
-    keyframe: NDArray[np.bool_]
-    discard: NDArray[np.bool_]
+    keyframe: Bools
+    discard: Bools
 
 
 def sample_table(path: str, stream: Any) -> SampleTable | None:
@@ -131,8 +132,8 @@ class _Samples:
         starts = np.cumsum(counts) - counts
         filled = counts > 0
         in_chunk = before - np.repeat(before[starts[filled]], counts[filled])
-        places: NDArray[np.int64] = np.repeat(chunks, counts) + in_chunk
-        return places
+        positions: Ints = np.repeat(chunks, counts) + in_chunk
+        return positions
 
 
 def _moov(path: str) -> bytes | None:

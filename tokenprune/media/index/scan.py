@@ -12,6 +12,8 @@ from tokenprune.media.index.index import NO_PTS, Bools, Ints
 from tokenprune.media.index.intra_refresh import is_intra_refresh
 from tokenprune.media.index.mp4 import SampleTable
 
+__all__ = ["Columns", "PacketScan"]
+
 MOST_CHECKED = 64  # packets that are compared with a table until a frame can be decoded
 
 

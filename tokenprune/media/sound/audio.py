@@ -16,6 +16,8 @@ from torch import Tensor
 from tokenprune.errors import DecodeError, MediaError
 from tokenprune.media.index.container import open_media, packets_of
 
+__all__ = ["Samples", "read_audio"]
+
 Samples = NDArray[np.float32]
 
 GAP_SECONDS = 0.1  # less than this between two audio frames may be rounding

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from tokenprune.errors import MediaError, MissingExtraError
 
+__all__ = ["log_mel", "resample"]
+
 FLOOR = 1e-10  # the least power that has a logarithm here
 RANGE = 8.0  # powers of ten below the loudest that are told apart
 
