@@ -14,7 +14,7 @@ import typer
 
 from tokenprune.asking import answer
 from tokenprune.core.recipe import Recipe
-from tokenprune.core.site import Cache
+from tokenprune.core.site import Cache, Site
 from tokenprune.errors import MediaError, TokenPruneError
 from tokenprune.inputs import read_media
 from tokenprune.models.load import load_model
@@ -134,21 +134,20 @@ def _block(number: int, asked: dict[str, str], unpruned: Answer, pruned: Answer)
 
 def _line(name: str, one: Answer) -> str:
     tokens = one.media_tokens
-    path = [tokens["before"], *_before_cache(one).values(), tokens["after"]]
+    path = [tokens.before, *_before_cache(one).values(), tokens.after]
     return COLUMNS.format(
         name,
         textwrap.shorten(one.answer, 19, placeholder=" ..."),
         " > ".join(f"{left:g}" for left in path),
-        f"{one.kv_bytes['after'] / 1024:.0f} KiB",
+        f"{one.kv_bytes.after / 1024:.0f} KiB",
         *(f"{one.seconds[part]:.3f} s" for part in ("encode", "prefill", "per_token")),
     )
 
 
-def _before_cache(one: Answer) -> dict[str, float]:
+def _before_cache(one: Answer) -> dict[Site, float]:
     """Tokens that each site let through, caches left aside."""
-    return {
-        site: left for site, left in one.media_tokens["per_site"].items() if site != str(Cache())
-    }
+    sites = one.media_tokens.per_site
+    return {site: left for site, left in sites.items() if not isinstance(site, Cache)}
 
 
 def _summary(truths: list[str], runs: list[tuple[Answer, Answer]]) -> str:
@@ -163,8 +162,8 @@ def _summary(truths: list[str], runs: list[tuple[Answer, Answer]]) -> str:
 
     return "\n" + textwrap.fill(
         f"Right: {right(pruned)} of {len(truths)} with pruning, {right(unpruned)} without. Pruned, "
-        f"the cache held {share(lambda one: one.media_tokens['after'])} of the media tokens and "
-        f"took {share(lambda one: one.kv_bytes['after'])} of the bytes; prefill took "
+        f"the cache held {share(lambda one: one.media_tokens.after)} of the media tokens and "
+        f"took {share(lambda one: one.kv_bytes.after)} of the bytes; prefill took "
         f"{share(lambda one: one.seconds['prefill'])} of the time, encoding "
         f"{share(lambda one: one.seconds['encode'])}.",
         WIDTH,

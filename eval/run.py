@@ -174,7 +174,7 @@ def _ask(
     words = loaded.processor.batch_decode(fresh, skip_special_tokens=True)[0]
     result.kinds.append(sample.kind)
     result.scores.append(float(task.score(words, sample.answer)))
-    result.before += report.media_tokens["before"]
+    result.before += report.media_tokens.before
     entries = report.last.media_entries
     assert entries is not None
     layers = entries.double().mean(dim=2).sum(dim=0)

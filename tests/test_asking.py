@@ -24,7 +24,7 @@ def test_ask_is_the_whole_job(loaded, files):
 
     assert found.recipe == "vflowopt(keep=0.25)"
     assert found.pictures.shape[0] == found.frames == 4
-    assert found.as_dict()["kv_bytes"] == found.report.kv_bytes
+    assert found.as_dict()["kv_bytes"] == found.report.kv_bytes.as_dict()
     again = ask(one, files.video, "what?", recipe="none", frames=4, max_new_tokens=2)
     assert again.recipe == "none" and again.answer is not None
 

@@ -10,6 +10,7 @@ import torch
 
 from tests.tiny import build
 from tokenprune import list_methods, list_models, prune
+from tokenprune.core.site import Cache
 from tokenprune.core.stage import Method
 from tokenprune.eval.mini.sample import write_sample
 
@@ -79,7 +80,7 @@ def test_the_method_to_add_works(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = build("llava")
     with prune(tiny.model, names["KeyNorm"](keep=0.25)) as report:  # type: ignore[call-arg]
         tiny.model.generate(**tiny.inputs(), max_new_tokens=2, suppress_tokens=tiny.suppress)
-    assert report.media_tokens["per_site"] == {"cache": 8.0}
+    assert report.media_tokens.per_site == {Cache(): 8.0}
 
 
 def test_every_method_is_listed() -> None:

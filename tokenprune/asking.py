@@ -22,7 +22,7 @@ from tokenprune.models.loaded import LoadedModel
 from tokenprune.models.media import Media
 from tokenprune.models.prompts import check_question
 from tokenprune.report.answer import Answer
-from tokenprune.report.report import KVBytes
+from tokenprune.report.change import Change
 from tokenprune.report.timeline import Timeline
 from tokenprune.report.timing import Clock
 from tokenprune.session.session import Session
@@ -244,11 +244,11 @@ class _SizeAfterPrefill:
 
     def __init__(self, watcher: Watcher) -> None:
         self._watcher = watcher
-        self.kv_bytes: KVBytes = {"before": 0, "after": 0}
+        self.kv_bytes = Change(0, 0)
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         watched = self._watcher.watched
-        if watched is not None and not self.kv_bytes["after"]:
+        if watched is not None and not self.kv_bytes.after:
             cache = watched.cache
-            self.kv_bytes = {"before": full_cache_bytes(cache), "after": cache_bytes(cache)}
+            self.kv_bytes = Change(full_cache_bytes(cache), cache_bytes(cache))
         return scores

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokenprune.core.registry import list_methods
+from tokenprune.core.site import Cache
 from tokenprune.engine.patch import prune
 from tokenprune.eval.bench.gpu_models import Case, Models
 from tokenprune.eval.bench.random_models import Model
@@ -94,7 +95,7 @@ def answer(
         prefill_seconds=marks["end"].seconds_since(marks["prefill"]),
         per_token_seconds=statistics.median(steps),
         peak_bytes=peak.extra_bytes(),
-        kv_bytes=sizes[0] if report is None else report.kv_bytes["after"],
+        kv_bytes=sizes[0] if report is None else report.kv_bytes.after,
     )
     return run, report
 
@@ -234,7 +235,7 @@ class Group:
             if report is None:
                 continue
             tokens = report.media_tokens
-            line.media_tokens = tokens["before"], tokens["after"]
+            line.media_tokens = tokens.before, tokens.after
             known = [one.recipe for one in self.lines] + self._pending
             controls = self._controls(line, report)
             self._pending[:0] = [one for one in controls if one not in known]
@@ -246,8 +247,7 @@ class Group:
         baseline = any(line.recipe.startswith(name) for name in BASELINES)
         if not self._same_count or baseline or after >= before:
             return []
-        sites = report.media_tokens["per_site"]
-        place = " at=cache" if set(sites) == {"cache"} else ""
+        place = " at=cache" if set(report.media_tokens.per_site) == {Cache()} else ""
         return [f"{name}(keep={after / before:.4g}{place})" for name in BASELINES]
 
     def round(self, end: float) -> bool:

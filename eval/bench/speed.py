@@ -206,9 +206,7 @@ def decode_rows(model: Model, inputs: dict[str, Tensor], pairs: int) -> None:
     for recipe in ("plphp(keep=0.5)", "random(keep=0.5 at=cache)"):
         show(f"{recipe}: time per token", in_turns(token(None), token(recipe), pairs))
         sizes = run(model, inputs, recipe, 2)["report"].kv_bytes
-        typer.echo(
-            f"    KV cache {sizes['before'] / 2**20:.1f} -> {sizes['after'] / 2**20:.1f} MiB"
-        )
+        typer.echo(f"    KV cache {sizes.before / 2**20:.1f} -> {sizes.after / 2**20:.1f} MiB")
 
 
 def with_tower(model: Model, inputs: dict[str, Tensor], pairs: int) -> None:

@@ -164,7 +164,7 @@ def test_budgets_of_a_second_are_planned_and_kept(
     # Frames lie at 0, 0.5, ... 4; of pairs the middles at 0.25, 1.25, ..., 4.
     assert found["media_tokens"]["after"] == 3 * 5
     path, model = str(clip), str(checkpoint(name))
-    assert plan(path, model, frames=9, recipe=recipe).media_tokens["after"] == 3 * 5
+    assert plan(path, model, frames=9, recipe=recipe).media_tokens.after == 3 * 5
 
 
 # -- handed in

@@ -163,7 +163,7 @@ def test_pruned_groups_are_the_oracle(name: str, recipe: str, watched: Any) -> N
         calls, groups = list(session.report.calls), session.groups
 
     assert len(calls) == len(groups) == 2
-    assert all(group.media_tokens["after"] < group.media_tokens["before"] for group in groups)
+    assert all(group.media_tokens.after < group.media_tokens.before for group in groups)
     read = output.sequences[:, :-1]
     heads = decoder_of(run.loaded.model).config.num_key_value_heads
     codes = codes_of(run.tiny, recipe)
@@ -349,7 +349,7 @@ def test_memory_is_that_of_a_group_and_of_what_is_kept(
         with Watch() as watch:
             for _ in range(groups):
                 session.watch(frames)
-        return watch.peak_bytes, session.kv_bytes["after"]
+        return watch.peak_bytes, session.kv_bytes.after
 
     small, few = peak(3, "uniform(keep=0.25)")
     large, many = peak(30, "uniform(keep=0.25)")

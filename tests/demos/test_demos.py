@@ -115,7 +115,7 @@ def test_compares_with_the_unpruned_model(
     )
     assert unpruned == expected.answer
     assert table.startswith("|  | pruned | unpruned |\n")
-    tokens = expected.media_tokens["before"]
+    tokens = expected.media_tokens.before
     assert f"| media tokens | {tokens} | {tokens} |" in table
     for row in ("after input", "KV cache", "decode seconds", "per token seconds"):
         assert f"| {row} |" in table

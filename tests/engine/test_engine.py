@@ -132,10 +132,10 @@ def test_a_model_is_pruned_once_at_a_time():
             with prune(tiny.model, "uniform"):
                 pass
         generate(tiny)  # the outer one still works
-    assert report.media_tokens["after"] == 16
+    assert report.media_tokens.after == 16
     with prune(tiny.model, "uniform(keep=0.25)") as report:
         generate(tiny)
-    assert report.media_tokens["after"] == 8
+    assert report.media_tokens.after == 8
 
 
 def test_models_do_not_know_of_each_other():
@@ -159,7 +159,7 @@ def test_methods_recipes_and_texts_may_be_mixed():
     assert report.recipe == str(Recipe(Random(keep=0.5), Uniform(at=2), "plphp"))
     with prune(tiny.model, VFlowOpt(keep=0.5)) as report:
         generate(tiny)
-    assert report.media_tokens["after"] == 16
+    assert report.media_tokens.after == 16
 
 
 @pytest.mark.parametrize("positions", ["bad", "", None, 3])
@@ -335,7 +335,7 @@ def test_features_without_the_encoder_fail_for_methods_that_need_its_map():
         with prune(tiny.model, "random(keep=0.5)") as report:
             generate_with_any_pixels = generate(tiny)
         assert generate_with_any_pixels.shape[0] == 1
-        assert report.media_tokens["after"] == 16
+        assert report.media_tokens.after == 16
         with prune(tiny.model, "vflowopt(keep=0.5)"):
             with pytest.raises(UnsupportedModelError, match="without running the encoder here"):
                 generate(tiny)
@@ -382,5 +382,5 @@ def test_calls_follow_each_other():
         generate(tiny)
         generate(tiny, **tiny.inputs(1, 4, short=True))
     assert [len(call.layouts[0]) for call in report.calls] == [32, 16]
-    assert report.media_tokens["before"] == 16
+    assert report.media_tokens.before == 16
     assert repr(report) == "Report(random(keep=0.5), 2 prefills)"

@@ -140,7 +140,7 @@ def test_the_mini_model_answers_alike_on_both_devices(tmp_path: Path) -> None:
         loaded = load_model(device=device, dtype=torch.float32)
         recipe = "vflowopt(keep=0.5) + plphp(keep=0.5)"
         found = [ask(loaded, path, one, recipe=recipe, frames=16) for one in questions]
-        answers.append([(one.answer, one.report.media_tokens["after"]) for one in found])
+        answers.append([(one.answer, one.report.media_tokens.after) for one in found])
     assert answers[0] == answers[1]
 
 
@@ -171,7 +171,7 @@ def test_pruning_takes_no_more_memory_at_the_peak() -> None:
     for recipe in ("random(keep=0.1)", "vflowopt(keep=0.1)", "plphp(keep=0.5)"):
         run, report = answer(model, inputs, recipe, 2)
         assert run.peak_bytes <= 1.01 * plain, recipe
-        assert report is not None and run.kv_bytes < report.kv_bytes["before"]
+        assert report is not None and run.kv_bytes < report.kv_bytes.before
 
 
 @pytest.mark.skipif(find_spec("flash_attn") is None, reason="flash-attn is not installed")

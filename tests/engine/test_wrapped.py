@@ -263,7 +263,7 @@ def test_a_model_that_accelerate_has_prepared(
     with prune(prepared, EVERYWHERE) as report:
         loss = prepared(**inputs, labels=labels).loss
         accelerator.backward(loss)
-    assert report.media_tokens["after"] < report.media_tokens["before"]
+    assert report.media_tokens.after < report.media_tokens.before
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in prepared.parameters())
     prepared.zero_grad()
     assert snapshot(prepared) == before

@@ -70,4 +70,4 @@ def test_sounds_of_any_length_have_tokens(samples, loaded):
     media = Media(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), audio=torch.zeros(samples))
     found = answer(one, media, "what?", default_recipe(one, media), 1)
 
-    assert found.media_tokens["before"] >= 2
+    assert found.media_tokens.before >= 2

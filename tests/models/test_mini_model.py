@@ -69,7 +69,7 @@ def test_an_image_is_taken_too(loaded: LoadedModel) -> None:
     inputs = loaded.encode(Media(torch.from_numpy(frame)), "what color is the star?")
     with torch.inference_mode(), prune(loaded.model, "uniform(keep=0.5)") as report:
         loaded.model.generate(**inputs, max_new_tokens=2)
-    assert report.media_tokens["after"] == -(-report.media_tokens["before"] // 2) > 0
+    assert report.media_tokens.after == -(-report.media_tokens.before // 2) > 0
 
 
 def test_temporal_positions_count_frames(qwen: LoadedModel) -> None:

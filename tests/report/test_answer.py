@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import torch
 
+from tokenprune.core.site import Cache, Encoder, Input, Layer
 from tokenprune.report.answer import Answer, numbers, table
+from tokenprune.report.change import Change, MediaTokens, total
 from tokenprune.report.report import Report
 from tokenprune.report.timeline import Timeline
 
 PRUNED = Answer(
     answer="A red ball rolls behind the box, and comes out again. " * 3,
-    media_tokens={"before": 64, "after": 16, "per_site": {"input": 16.0}, "per_layer": [16]},
+    media_tokens=MediaTokens(64, 16, {Input(): 16.0}),
     seconds={"index": 0.0, "decode": 0.1, "encode": 0.2, "prefill": 0.3, "per_token": 0.04},
-    kv_bytes={"before": 2**25, "after": 2**23},
+    kv_bytes=Change(2**25, 2**23),
     frames=4,
     recipe="uniform(keep=0.25)",
     model="tiny",
@@ -27,8 +30,8 @@ PRUNED = Answer(
 UNPRUNED = replace(
     PRUNED,
     answer="",
-    media_tokens={"before": 64, "after": 64, "per_site": {}, "per_layer": [64]},
-    kv_bytes={"before": 2**25, "after": 2**25},
+    media_tokens=MediaTokens(64, 64),
+    kv_bytes=Change(2**25, 2**25),
     recipe="none",
 )
 
@@ -43,6 +46,48 @@ def test_numbers_of_answers_are_rows_of_cells() -> None:
     assert "  decoded" not in rows  # no packets were read: it is no video
     decoded = replace(PRUNED, pictures_decoded=9, bytes_read=2048)
     assert dict(numbers([decoded]))["  decoded"] == ["9 pictures"]
+
+
+def test_an_answer_as_json() -> None:
+    plain = json.loads(json.dumps(replace(PRUNED, answer="red").as_dict()))
+
+    assert list(plain.items()) == [
+        ("answer", "red"),
+        ("media_tokens", {"before": 64, "after": 16, "per_site": {"input": 16.0}}),
+        (
+            "seconds",
+            {"index": 0.0, "decode": 0.1, "encode": 0.2, "prefill": 0.3, "per_token": 0.04},
+        ),
+        ("kv_bytes", {"before": 2**25, "after": 2**23}),
+        ("frames", 4),
+        ("pictures_decoded", 0),
+        ("bytes_read", 0),
+        ("recipe", "uniform(keep=0.25)"),
+        ("model", "tiny"),
+        ("timeline", []),
+    ]
+    assert list(plain["media_tokens"]) == ["before", "after", "per_site"]
+    assert list(plain["seconds"]) == ["index", "decode", "encode", "prefill", "per_token"]
+
+
+def test_sites_go_into_text_and_back() -> None:
+    sites = {Encoder(): 40, Input(): 16, Layer(12): 8, Cache(): 2.5}
+    tokens = MediaTokens(64, 2, sites)
+    plain = json.loads(json.dumps(tokens.as_dict()))
+
+    assert plain == {
+        "before": 64,
+        "after": 2,
+        "per_site": {"encoder": 40, "input": 16, "layer 12": 8, "cache": 2.5},
+    }
+    assert MediaTokens.from_dict(plain) == tokens
+
+
+def test_totals_are_of_every_site() -> None:
+    counts = [MediaTokens(64, 8, {Input(): 16, Cache(): 8.25}), MediaTokens(32, 4, {Cache(): 4.5})]
+
+    assert total(counts) == MediaTokens(96, 12, {Input(): 16, Cache(): 12.75})
+    assert total([]) == MediaTokens(0, 0)
 
 
 def test_long_cells_are_folded() -> None:

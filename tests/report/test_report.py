@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tests.tiny import Tiny, build
 from tokenprune import Report, prune
-from tokenprune.core.site import Cache
-from tokenprune.report.report import Call
+from tokenprune.core.site import Cache, Input, Layer
+from tokenprune.report.change import Change
+from tokenprune.report.report import Call, Decision
 
 ALL_SITES = "plphp(keep=0.5) + random(keep=0.5 at=3) + vflowopt(keep=0.75)"
 
@@ -77,17 +78,17 @@ def test_presence_without_pruning_or_cache():
     assert run("llava", "none")[0].last.presence().tolist() == [1.0] * 32
     report, _ = run("llava", "random(keep=0.25)", use_cache=False)
     assert report.last.presence().tolist() == [1.0] * 32  # nothing is stored, nothing is missing
-    assert report.kv_bytes == {"before": 0, "after": 0}
+    assert report.kv_bytes == Change(0, 0)
 
 
 @pytest.mark.parametrize("batch", [False, True])
 def test_sites_come_in_the_order_in_which_tokens_meet_them(batch):
     report, _ = run("llava", ALL_SITES, batch)
-    sites = report.media_tokens["per_site"]
-    kinds = [name.split()[0] for name in sites]
+    sites = report.media_tokens.per_site
+    kinds = [type(site) for site in sites]
 
-    assert kinds == ["input", *["layer"] * (len(sites) - 2), "cache"]
-    numbers = [int(name.split()[1]) for name in sites if name.startswith("layer")]
+    assert kinds == [Input, *[Layer] * (len(sites) - 2), Cache]
+    numbers = [site.index for site in sites if isinstance(site, Layer)]
     assert numbers == sorted(numbers) and 3 in numbers
 
 
@@ -97,15 +98,26 @@ def test_counts_of_sites_are_those_of_the_last_decisions(name, batch):
     report, output = run(name, ALL_SITES, batch)
     call = report.last
     before = sum(len(layout) for layout in call.layouts)
-    for site, left in report.media_tokens["per_site"].items():
+    for site, left in report.media_tokens.per_site.items():
         counts = []
         for sample in range(len(call.layouts)):
-            here = [d for d in call.decisions if (str(d.site), d.sample) == (site, sample)]
+            here = [d for d in call.decisions if (str(d.site), d.sample) == (str(site), sample)]
             by_layer = {decision.layer: decision.kept.shape[-1] for decision in here}
             counts.append(sum(by_layer.values()) / len(by_layer))
         assert left == pytest.approx(sum(counts), abs=0.01)
         assert left <= before
-    assert report.media_tokens["before"] == before
+    assert report.media_tokens.before == before
+
+
+def test_caches_of_different_layers_are_one_site():
+    report, _ = run("llava", "none")
+    call = report.last
+    call.decisions = [
+        Decision(name, Cache((layer,)), layer, 0, 32, torch.arange(kept))
+        for name, layer, kept in [("early", 0, 8), ("late", 1, 16)]
+    ]
+
+    assert call.media_tokens.per_site == {Cache(): 12.0}
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_audio", "qwen3_vl"])
@@ -123,8 +135,8 @@ def test_what_is_left_is_counted_in_the_cache(name, recipe):
     )
 
     assert torch.equal(report.last.media_entries[0].long(), counts)
-    assert report.media_tokens["after"] == round(float(counts.double().mean()))
-    assert report.media_tokens["before"] == len(media)
+    assert report.media_tokens.after == round(float(counts.double().mean()))
+    assert report.media_tokens.before == len(media)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
@@ -142,9 +154,9 @@ def test_bytes_are_those_of_the_tensors(name, recipe, batch):
         tensor for layer in plain.past_key_values.layers for tensor in (layer.keys, layer.values)
     ]
 
-    assert report.kv_bytes["after"] == sum(one.numel() * one.element_size() for one in tensors)
-    assert report.kv_bytes["after"] == sum(one.untyped_storage().nbytes() for one in tensors)
-    assert report.kv_bytes["before"] == sum(one.numel() * one.element_size() for one in whole)
+    assert report.kv_bytes.after == sum(one.numel() * one.element_size() for one in tensors)
+    assert report.kv_bytes.after == sum(one.untyped_storage().nbytes() for one in tensors)
+    assert report.kv_bytes.before == sum(one.numel() * one.element_size() for one in whole)
 
 
 def test_decisions_name_positions():

@@ -171,10 +171,10 @@ def test_asking_in_groups_is_watching_and_asking(loaded, files):
     assert one.keys() == other.keys()
     for name in ("media_tokens", "seconds", "kv_bytes"):
         assert one[name].keys() == other[name].keys()
-    assert found.media_tokens["before"] == whole.media_tokens["before"]
+    assert found.media_tokens.before == whole.media_tokens.before
     # The question counts, which a session forgets again.
     assert found.kv_bytes == whole.kv_bytes
-    assert found.kv_bytes["after"] > expected.kv_bytes["after"]
+    assert found.kv_bytes.after > expected.kv_bytes.after
     assert len(found.report.calls) == len(found.timeline.groups) == 2
     assert all(found.seconds[name] > 0 for name in found.seconds)
     assert found.seconds["prefill"] > expected.seconds["prefill"]  # not of the question alone

@@ -17,6 +17,7 @@ import tokenprune
 from tests.releases import WATCHER
 from tokenprune import Session, prune
 from tokenprune.core.context import ModelShape
+from tokenprune.core.site import Input
 from tokenprune.engine.cache import CACHE_NAME
 from tokenprune.errors import MediaError, RecipeError, TokenPruneError, UnsupportedModelError
 from tokenprune.eval.mini.sample import write_sample
@@ -70,12 +71,12 @@ def test_a_file_is_watched_group_by_group(session, files):
         spent = group.decode_seconds + group.process_seconds + group.prefill_seconds
         if before is not None:
             assert group.began_seconds >= before.began_seconds + before.prefill_seconds
-            assert group.kv_bytes["after"] > before.kv_bytes["after"]
+            assert group.kv_bytes.after > before.kv_bytes.after
         assert spent < 600
     tokens = session.media_tokens
-    assert tokens["before"] == sum(group.media_tokens["before"] for group in groups)
-    assert tokens["after"] == tokens["per_site"]["input"] == round(tokens["before"] / 2)
-    assert 0 < session.kv_bytes["after"] < session.kv_bytes["before"]
+    assert tokens.before == sum(group.media_tokens.before for group in groups)
+    assert tokens.after == tokens.per_site[Input()] == round(tokens.before / 2)
+    assert 0 < session.kv_bytes.after < session.kv_bytes.before
 
 
 def test_layouts_tell_the_whole_video(session, loaded, files):
@@ -241,7 +242,7 @@ def test_ten_questions_cost_one_prefill(session, loaded, files):
     # A question goes in once, then token after token; no frame is encoded or read again.
     assert len(lengths) == 20 and -1 not in lengths
     assert set(lengths[1::2]) == {1} and max(lengths) < 40
-    assert len({answer.kv_bytes["after"] for answer in answers}) == 1
+    assert len({answer.kv_bytes.after for answer in answers}) == 1
 
 
 @pytest.mark.parametrize(
@@ -356,7 +357,7 @@ def test_the_cache_in_a_file_is_as_small_as_what_is_kept(saved):
         if name.endswith(("keys", "values"))
     )
 
-    assert size == answer.kv_bytes["after"]
+    assert size == answer.kv_bytes.after
 
 
 def test_another_model_fails(saved, checkpoint):
@@ -476,7 +477,7 @@ def test_the_mini_model_answers_in_another_process(tmp_path):
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
 
     assert json.loads(ran.stdout) == here
-    assert tokens["after"] < 0.7 * tokens["before"]
+    assert tokens.after < 0.7 * tokens.before
     # It was trained on such videos; by chance it would hardly name one right.
     assert sum(a == each["answer"] for a, each in zip(here, questions, strict=True)) >= 2
 

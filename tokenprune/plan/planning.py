@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from tokenprune.asking import default_recipe
 from tokenprune.core.recipe import Recipe
+from tokenprune.core.site import Site
 from tokenprune.core.stage import EncoderStage, Stage
 from tokenprune.engine.patch import Patch
 from tokenprune.inputs import check_watchable
@@ -20,19 +21,12 @@ from tokenprune.models.prompts import check_question
 from tokenprune.plan.flops import prefill_flops
 from tokenprune.plan.forecast import Forecast, Prompt, forecast_all
 from tokenprune.plan.outline import outline_media, prompt_of, prompts_in_groups
-from tokenprune.report.report import KVBytes, MediaTokens, total
+from tokenprune.report.change import Change, MediaTokens, total
 from tokenprune.session.checks import check_group, check_session, check_watches
 
-__all__ = ["Plan", "PlannedStage", "PrefillFlops", "plan"]
+__all__ = ["Plan", "PlannedStage", "plan"]
 
 QUESTION = "What happens?"
-
-
-class PrefillFlops(TypedDict):
-    """Operations of the language model's prefill: unpruned, and pruned."""
-
-    before: float
-    after: float
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,7 @@ class PlannedStage:
     """
 
     method: str
-    site: str
+    site: Site
     media_tokens: float
     prefill_flops: float
     kv_bytes: int
@@ -76,8 +70,8 @@ class Plan:
     """
 
     media_tokens: MediaTokens
-    prefill_flops: PrefillFlops
-    kv_bytes: KVBytes
+    prefill_flops: Change[float]
+    kv_bytes: Change[int]
     exact: bool
     adaptive: tuple[str, ...]
     stages: tuple[PlannedStage, ...]
@@ -87,12 +81,22 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
-        return asdict(self)
+        return {
+            "media_tokens": self.media_tokens.as_dict(),
+            "prefill_flops": self.prefill_flops.as_dict(),
+            "kv_bytes": self.kv_bytes.as_dict(),
+            "exact": self.exact,
+            "adaptive": self.adaptive,
+            "stages": [asdict(one) | {"site": str(one.site)} for one in self.stages],
+            "frames": self.frames,
+            "recipe": self.recipe,
+            "model": self.model,
+        }
 
     def __str__(self) -> str:
         tokens, flops, size = self.media_tokens, self.prefill_flops, self.kv_bytes
         rows = [("", "media tokens", "prefill", "KV cache")]
-        rows.append(_row("unpruned", tokens["before"], flops["before"], size["before"], True))
+        rows.append(_row("unpruned", tokens.before, flops.before, size.before, True))
         for one in self.stages:
             name = f"{one.method} at {one.site}"
             rows.append(_row(name, one.media_tokens, one.prefill_flops, one.kv_bytes, one.exact))
@@ -180,14 +184,14 @@ def _plan(
     adaptive = (["processor"] if by_content else []) + uncertain
     return Plan(
         media_tokens=total([one.call.media_tokens for one in last]),
-        prefill_flops={"before": _flops(loaded, first), "after": _flops(loaded, last)},
-        kv_bytes={"before": _kv_bytes(first), "after": _kv_bytes(last)},
+        prefill_flops=Change(_flops(loaded, first), _flops(loaded, last)),
+        kv_bytes=Change(_kv_bytes(first), _kv_bytes(last)),
         exact=not adaptive,
         adaptive=tuple(dict.fromkeys(adaptive)),
         stages=tuple(
             PlannedStage(
                 method=stage.name,
-                site=str(stage.site),
+                site=stage.site,
                 media_tokens=round(sum(one.left[number] for one in last), 2),
                 prefill_flops=_flops(loaded, steps[number + 1]),
                 kv_bytes=_kv_bytes(steps[number + 1]),

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from tokenprune.report.report import KVBytes, MediaTokens, Report
+from tokenprune.report.change import Change, MediaTokens
+from tokenprune.report.report import Report
 from tokenprune.report.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Answer:
     answer: str
     media_tokens: MediaTokens
     seconds: dict[str, float]
-    kv_bytes: KVBytes
+    kv_bytes: Change[int]
     frames: int
     recipe: str
     model: str
@@ -69,14 +70,23 @@ class Answer:
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
-        names = ("answer", "media_tokens", "seconds", "kv_bytes", "frames", "pictures_decoded")
-        found = {name: getattr(self, name) for name in (*names, "bytes_read", "recipe", "model")}
-        return found | {"timeline": self.timeline.as_list()}
+        return {
+            "answer": self.answer,
+            "media_tokens": self.media_tokens.as_dict(),
+            "seconds": self.seconds,
+            "kv_bytes": self.kv_bytes.as_dict(),
+            "frames": self.frames,
+            "pictures_decoded": self.pictures_decoded,
+            "bytes_read": self.bytes_read,
+            "recipe": self.recipe,
+            "model": self.model,
+            "timeline": self.timeline.as_list(),
+        }
 
 
 def numbers(answers: Sequence[Answer]) -> list[tuple[str, list[str]]]:
     """What answers cost, row by row: its name, and a cell for each answer."""
-    sites = list(dict.fromkeys(site for one in answers for site in one.media_tokens["per_site"]))
+    sites = list(dict.fromkeys(site for one in answers for site in one.media_tokens.per_site))
     decoded = [
         ("  decoded", [f"{one.pictures_decoded} pictures" for one in answers]),
         ("  read", [_size(one.bytes_read) for one in answers]),
@@ -84,13 +94,13 @@ def numbers(answers: Sequence[Answer]) -> list[tuple[str, list[str]]]:
     return [
         ("frames", [str(one.frames) for one in answers]),
         *(decoded if any(one.bytes_read for one in answers) else []),
-        ("media tokens", [str(one.media_tokens["before"]) for one in answers]),
+        ("media tokens", [str(one.media_tokens.before) for one in answers]),
         *(
-            (f"  after {site}", [_left(one.media_tokens["per_site"].get(site)) for one in answers])
+            (f"  after {site}", [_left(one.media_tokens.per_site.get(site)) for one in answers])
             for site in sites
         ),
-        ("  in the cache", [str(one.media_tokens["after"]) for one in answers]),
-        ("KV cache", [_size(one.kv_bytes["after"]) for one in answers]),
+        ("  in the cache", [str(one.media_tokens.after) for one in answers]),
+        ("KV cache", [_size(one.kv_bytes.after) for one in answers]),
         *(
             (f"{name.replace('_', ' ')} seconds", [f"{one.seconds[name]:.3f}" for one in answers])
             for name in SECONDS

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,13 +13,14 @@ from tokenprune.core.layout import TokenLayout
 from tokenprune.core.selection import Merge
 from tokenprune.core.site import Cache, Site
 from tokenprune.errors import TokenPruneError
+from tokenprune.report.change import Change, MediaTokens
 from tokenprune.report.timeline import Span
 from tokenprune.report.timing import Clock, Mark
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Call", "Decision", "KVBytes", "MediaTokens", "Report", "total"]
+__all__ = ["Call", "Decision", "Report"]
 
 
 @dataclass(frozen=True)
@@ -85,20 +85,21 @@ class Call:
             after = before
         else:
             after = round(float(self.media_entries.double().mean(dim=(1, 2)).sum()))
-        return {"before": before, "after": after, "per_site": self._per_site()}
+        return MediaTokens(before, after, self._per_site())
 
-    def _per_site(self) -> dict[str, float]:
+    def _per_site(self) -> dict[Site, float]:
         """Tokens left after each site, exact; at caches the mean over layers and heads."""
-        last: dict[str, dict[tuple[int, int], int]] = {}
+        last: dict[Site, dict[tuple[int, int], int]] = {}
         for decision in self.decisions:
+            # Stages at the caches of different layers are one site in the path of a token.
+            site = Cache() if isinstance(decision.site, Cache) else decision.site
             place = decision.sample, decision.layer
-            last.setdefault(str(decision.site), {})[place] = decision.kept.shape[-1]
-        cache = str(Cache())
+            last.setdefault(site, {})[place] = decision.kept.shape[-1]
         # In the order in which a token meets the sites, caches last.
-        last = dict(sorted(last.items(), key=lambda site: (site[0] == cache, min(site[1])[1])))
+        last = dict(sorted(last.items(), key=lambda one: (one[0] == Cache(), min(one[1])[1])))
         return {
             site: round(sum(kept.values()) * len(self.layouts) / len(kept), 2)
-            if site == cache
+            if site == Cache()
             else sum(kept.values())
             for site, kept in last.items()
         }
@@ -127,37 +128,6 @@ class Call:
             at_cache = isinstance(decision.site, Cache)
             held[decision.layer : decision.layer + 1 if at_cache else None] *= mask
         return held.mean(dim=(0, 1))
-
-
-class MediaTokens(TypedDict):
-    """Counts of media tokens.
-
-    `before` is what the encoder made. `after` is what the cache holds at the end of prefill,
-    averaged over layers and heads. `per_site` is what each site let through.
-    """
-
-    before: int
-    after: int
-    per_site: dict[str, float]
-
-
-def total(counts: Sequence[MediaTokens]) -> MediaTokens:
-    """The media tokens of several prefills together."""
-    sites = dict.fromkeys(site for one in counts for site in one["per_site"])
-    return {
-        "before": sum(one["before"] for one in counts),
-        "after": sum(one["after"] for one in counts),
-        "per_site": {
-            site: round(sum(one["per_site"].get(site, 0) for one in counts), 2) for site in sites
-        },
-    }
-
-
-class KVBytes(TypedDict):
-    """Bytes of the key-value cache at the end of prefill: unpruned, and as measured."""
-
-    before: int
-    after: int
 
 
 class Report:
@@ -228,9 +198,9 @@ class Report:
         return self.last.media_tokens
 
     @property
-    def kv_bytes(self) -> KVBytes:
+    def kv_bytes(self) -> Change[int]:
         """Bytes of the cache at the end of prefill."""
-        return {"before": self.last.kv_bytes_before, "after": self.last.kv_bytes_after}
+        return Change(self.last.kv_bytes_before, self.last.kv_bytes_after)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -312,12 +282,11 @@ class Report:
         if not self.calls:
             return f"{self.recipe}: no prompt with media yet"
         tokens, size, seconds = self.media_tokens, self.kv_bytes, self.seconds
-        sites = ", ".join(f"{site} {left:g}" for site, left in tokens["per_site"].items())
+        sites = ", ".join(f"{site} {left:g}" for site, left in tokens.per_site.items())
         lines = [
             f"recipe        {self.recipe}",
-            f"media tokens  {tokens['before']} -> {tokens['after']}"
-            + (f"  ({sites})" if sites else ""),
-            f"KV cache      {_mebibytes(size['before'])} -> {_mebibytes(size['after'])}",
+            f"media tokens  {tokens.before} -> {tokens.after}" + (f"  ({sites})" if sites else ""),
+            f"KV cache      {_mebibytes(size.before)} -> {_mebibytes(size.after)}",
             "seconds       " + ", ".join(f"{name} {value:.3f}" for name, value in seconds.items()),
         ]
         return "\n".join(lines + [f"warning       {text}" for text in self.last.warnings])

@@ -58,7 +58,7 @@ class Session:
     refused, for there is none yet, and so are those that weigh the whole video at once.
 
     Args:
-        model: A model of a supported family that takes videos or images, or a wrapper as in `prune`.
+        model: A model of a supported family that takes videos or images; or a wrapper of it.
         processor: Its processor, with a chat template.
         recipe: What to prune; "none" prunes nothing.
         group: Frames that are prefilled at once.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,11 +12,11 @@ __all__ = ["as_dict", "as_text"]
 
 def as_dict(session: Session) -> dict[str, Any]:
     """What was watched and what it cost, group by group."""
-    groups = [asdict(group) for group in session.groups]
+    groups = [group.as_dict() for group in session.groups]
     return {
         "frames": session.frames,
-        "media_tokens": session.media_tokens,
-        "kv_bytes": session.kv_bytes,
+        "media_tokens": session.media_tokens.as_dict(),
+        "kv_bytes": session.kv_bytes.as_dict(),
         "pictures_decoded": session.pictures_decoded,
         "bytes_read": session.bytes_read,
         "recipe": str(session.recipe),
@@ -34,12 +33,12 @@ def as_text(session: Session) -> str:
         f"{name} {sum(getattr(group, f'{name}_seconds') for group in groups):.3f}"
         for name in ("decode", "process", "encode", "prefill")
     ]
-    mebibytes = [f"{size[when] / 2**20:.1f} MiB" for when in ("before", "after")]
+    mebibytes = [f"{count / 2**20:.1f} MiB" for count in (size.before, size.after)]
     lines = [
         f"recipe        {session.recipe}",
         f"frames        {session.frames} in {len(groups)} groups",
         f"decoded       {session.pictures_decoded} pictures, {session.bytes_read / 2**20:.1f} MiB",
-        f"media tokens  {tokens['before']} -> {tokens['after']}",
+        f"media tokens  {tokens.before} -> {tokens.after}",
         f"KV cache      {' -> '.join(mebibytes)}",
         f"seconds       {', '.join(spent)}",
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from tokenprune.engine.cache import new_cache
 from tokenprune.engine.rollback import cache_from_state, cache_state
 from tokenprune.errors import TokenPruneError
 from tokenprune.models.loaded import LoadedModel
-from tokenprune.report.report import KVBytes, MediaTokens
+from tokenprune.report.change import Change, MediaTokens
 from tokenprune.report.timeline import Phases
 from tokenprune.session.script import Pace, Script, Tokens
 
@@ -41,7 +41,7 @@ class WatchedGroup:
     first_frame: int
     frames: int
     media_tokens: MediaTokens
-    kv_bytes: KVBytes
+    kv_bytes: Change[int]
     began_seconds: float
     index_seconds: float
     decode_seconds: float
@@ -49,6 +49,20 @@ class WatchedGroup:
     encode_seconds: float
     prefill_seconds: float
     spans: Phases
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data."""
+        plain = {one.name: getattr(self, one.name) for one in fields(self)}
+        return plain | {
+            "media_tokens": self.media_tokens.as_dict(),
+            "kv_bytes": self.kv_bytes.as_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> WatchedGroup:
+        """The group that `as_dict` wrote."""
+        tokens, size = MediaTokens.from_dict(plain["media_tokens"]), Change(**plain["kv_bytes"])
+        return cls(**plain | {"media_tokens": tokens, "kv_bytes": size})
 
 
 @dataclass
@@ -96,7 +110,7 @@ class Watched:
         return tensors, {
             "cache": cache,
             "types": list(self.prompt.types),
-            "groups": [asdict(group) for group in self.groups],
+            "groups": [group.as_dict() for group in self.groups],
             "pace": asdict(script.pace),
             "size": script.size,
             "sized": script.sized,
@@ -141,7 +155,7 @@ class Watched:
             script,
             cache_from_state(language_model.config, tensors, plain["cache"], device),
             Tokens(inputs.pop("ids"), types, inputs),
-            [WatchedGroup(**group) for group in plain["groups"]],
+            [WatchedGroup.from_dict(group) for group in plain["groups"]],
             plain["source_frames"],
             (items, canvases, frames),
             plain["pictures_decoded"],

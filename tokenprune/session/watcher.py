@@ -22,6 +22,7 @@ from tokenprune.media import stream_video
 from tokenprune.media.decode.pool import WorkerKind
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.models.processors import frame_size
+from tokenprune.report.change import Change
 from tokenprune.report.report import Report
 from tokenprune.report.timing import Clock
 from tokenprune.session.checks import check_group
@@ -265,7 +266,7 @@ class Watcher:
             first_frame=sum(one.frames for one in watched.groups),
             frames=len(group.frames),
             media_tokens=report.last.media_tokens,
-            kv_bytes={"before": full_cache_bytes(cache), "after": cache_bytes(cache)},
+            kv_bytes=Change(full_cache_bytes(cache), cache_bytes(cache)),
             began_seconds=host(began - timings.decode_seconds),
             index_seconds=timings.index_seconds,
             decode_seconds=timings.decode_seconds,
