@@ -19,9 +19,9 @@ from tokenprune.core.site import Input, Layer, Site
 from tokenprune.core.stage import EncoderStage, Stage
 from tokenprune.errors import UnsupportedModelError
 
-__all__ = ["Group", "VFlowOptInput", "VFlowOptLayer", "VFlowOptMap"]
+__all__ = ["Scope", "VFlowOptInput", "VFlowOptLayer", "VFlowOptMap"]
 
-Group = Literal["item", "prompt"]
+Scope = Literal["item", "prompt"]
 
 _VISION: Final = frozenset[Modality]({"image", "video"})
 _NAME: Final = "vflowopt"
@@ -102,7 +102,7 @@ class VFlowOptInput(Stage, part=True):
     keep: float
     cell: float | None = None
     recycled: float = 0.25
-    per: Group = "item"
+    per: Scope = "item"
 
     name = _NAME
     modalities = _VISION
@@ -150,7 +150,7 @@ class VFlowOptLayer(Stage, part=True):
 
     layer: int
     keep: float
-    per: Group = "item"
+    per: Scope = "item"
 
     name = _NAME
     modalities = _VISION

@@ -9,7 +9,7 @@ from tokenprune.core.context import ModelShape
 from tokenprune.core.layout import Modality
 from tokenprune.core.stage import Method, Stage
 from tokenprune.errors import RecipeError
-from tokenprune.methods._vflowopt import Group, VFlowOptInput, VFlowOptLayer, VFlowOptMap
+from tokenprune.methods._vflowopt import Scope, VFlowOptInput, VFlowOptLayer, VFlowOptMap
 
 __all__ = ["VFlowOpt", "last_share", "mean_share", "stage_lengths"]
 
@@ -82,7 +82,7 @@ class VFlowOpt(Method):
     alpha: float = 0.0
     cell: float | None = None
     recycled: float = 0.25
-    per: Group = "item"
+    per: Scope = "item"
     log_base: float = 2.0
     strategy: Literal["llava-onevision-7b"] | None = None
 

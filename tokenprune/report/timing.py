@@ -38,7 +38,7 @@ class Mark:
 
 
 class Clock:
-    """One time for what the host does and what the device of a module does.
+    """One time for what the CPU does and what the device of a module does.
 
     Args:
         module: Whose device counts.
