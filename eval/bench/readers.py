@@ -190,7 +190,7 @@ def _transformers(path: str, ranks: Sequence[int], size: Size, *, backend: str) 
 OURS, STREAM = "tokenprune", "tokenprune streamed"
 BUSY_THREADS = "tokenprune threads beside a busy interpreter"
 BUSY_PROCESSES = "tokenprune processes beside a busy interpreter"
-_MEDIA = ("tokenprune.media", "av", "torch")
+_MEDIA = ("tokenprune.media.read", "av", "torch")
 _TRANSFORMERS = ("transformers.video_utils", "torchvision.transforms.v2.functional", "av", "torch")
 
 READERS: dict[str, Reader] = {
