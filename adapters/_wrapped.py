@@ -30,10 +30,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     from transformers import PreTrainedModel  # heavy
 
-    while not isinstance(model, PreTrainedModel):
+    known: type[nn.Module] = PreTrainedModel
+    while not isinstance(model, known):
         inner = _inside(model)
         if inner is None:
-            _check_wraps_nothing(model, PreTrainedModel)
+            _check_wraps_nothing(model, known)
             return model
         model = inner
     return model
@@ -47,14 +48,16 @@ def _inside(model: nn.Module) -> nn.Module | None:
         found: nn.Module = model._orig_mod
         return found
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.module
+        found = model.module
+        return found
     if isinstance(model, nn.DataParallel):
         if len(model.device_ids) > 1:
             raise UnsupportedModelError(
                 f"cannot prune a DataParallel over {len(model.device_ids)} devices, which copies "
                 "the model for each; give it one of them, or use DistributedDataParallel"
             )
-        return model.module
+        found = model.module
+        return found
     peft: Any = sys.modules.get("peft")
     if peft is not None and isinstance(model, peft.PeftModel | peft.PeftMixedModel):
         return _inside_peft(model)

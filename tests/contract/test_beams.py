@@ -207,6 +207,9 @@ def test_rows_with_beams_are_those_of_each_row_alone_or_refused(
 ) -> None:
     one = model_of(name)
     inputs = prompt_of_rows(name, rows)
+    single = max(map(len, rows)) <= 1 and is_dealt_right(name, rows)
+    if RELEASE < NEWEST and single and fails_unpruned(name, rows):
+        pytest.skip("this release of transformers gets it wrong without pruning")
     generate(one, inputs, max_new_tokens=1)  # some models keep something of their first run
     before = snapshot(one.model)
     alone: list[Tensor] = []
@@ -223,7 +226,7 @@ def test_rows_with_beams_are_those_of_each_row_alone_or_refused(
                 assert not report.calls, "refused after some work"
                 refused.append(settings)
                 continue
-        alone = alone or [first_logits(name, rows, row) for row in range(len(rows))]
+        alone = alone or [first_logits(name, EVERYWHERE, rows, n) for n in range(len(rows))]
         # Until one is chosen, beams of a row see the same.
         expected = torch.cat(alone).repeat_interleave(3, dim=0)  # [3 B, V]
         assert_close(output.logits[0], expected, f"logits with {settings}")
@@ -233,8 +236,17 @@ def test_rows_with_beams_are_those_of_each_row_alone_or_refused(
         assert bool(refused) != is_dealt_right(name, rows), "refused without need, or not at all"
 
 
-def first_logits(name: str, rows: list[list[int]], row: int) -> Tensor:
+def first_logits(name: str, recipe: str, rows: list[list[int]], row: int) -> Tensor:
     """`[1, V]`, what a row is answered with when it is alone."""
     one = model_of(name)
-    with prune(one.model, EVERYWHERE):
+    with prune(one.model, recipe):
         return generate(one, prompt_of_rows(name, rows, row), max_new_tokens=1).logits[0]
+
+
+def fails_unpruned(name: str, rows: list[list[int]]) -> bool:
+    """Whether rows with beams are not what they are alone, without pruning."""
+    one = model_of(name)
+    output = generate(one, prompt_of_rows(name, rows), max_new_tokens=1, num_beams=3)
+    alone = [first_logits(name, "none", rows, row) for row in range(len(rows))]
+    expected = torch.cat(alone).repeat_interleave(3, dim=0)
+    return float((output.logits[0] - expected).abs().max()) > 1e-3

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, Final
 
@@ -42,7 +42,9 @@ class LogitRows:
     def __init__(self, adapter: Adapter) -> None:
         self._model, self._decoder = adapter.model, adapter.language_model
         self._signature = inspect.signature(adapter.model.forward)
-        self._cuts_logits = "logits_to_keep" in self._signature.parameters
+        self._heads = _heads(self._model, self._decoder)
+        # Some pass on what they do not name.
+        self._cuts_logits = any("logits_to_keep" in _parameters(one) for one in self._heads)
         self._flight: Flight | None = None
         self._wanted: int | Tensor = 0
         self._routers = False
@@ -50,15 +52,14 @@ class LogitRows:
 
     def watch(self, stack: ExitStack) -> None:
         """Pair logits and labels until the stack closes."""
-        heads = _heads(self._model, self._decoder)
-        with_loss = [head for head in heads if _calls_loss_function(head)]
-        inline = bool(heads) and not with_loss
+        inline = _has_loss_inline(self._model)
         before = functools.partial(self._before_forward, take_labels=inline)
         add_hook(stack, self._model, "register_forward_pre_hook", before, with_kwargs=True)
         if inline:
             add_hook(stack, self._model, "register_forward_hook", self._add_loss)
-        for head in with_loss:
-            self._shadow_loss(stack, head)
+        for head in self._heads:
+            if not inline and "loss_function" in _names(head):
+                self._shadow_loss(stack, head)
 
     def prefilled(self, flight: Flight, call: Call) -> None:
         """The language model returned from a prompt with media; these rows are left.
@@ -67,17 +68,19 @@ class LogitRows:
             UnsupportedModelError: What the caller asks for is told by rows that are gone.
         """
         self._flight = flight
-        if flight.source is not None and not isinstance(self._wanted, int):
+        wanted, routers = self._wanted, self._routers
+        self._wanted, self._routers = 0, False
+        if flight.source is not None and not isinstance(wanted, int):
             raise UnsupportedModelError(
                 "logits_to_keep as a tensor names rows of the unpruned sequence, and some of them "
                 "were dropped; give a number of rows, and look up report.last.logit_rows"
             )
-        if flight.source is not None and self._routers:
+        if flight.source is not None and routers:
             raise UnsupportedModelError(
                 "output_router_logits=True balances experts over rows of the unpruned sequence, "
                 "and some of them were dropped; leave it out"
             )
-        call.logit_rows = _cut(flight.rows, self._wanted)
+        call.logit_rows = _cut(flight.rows, wanted)
 
     # -- hooks
 
@@ -126,7 +129,7 @@ class LogitRows:
 
     def _shadow_loss(self, stack: ExitStack, head: PreTrainedModel) -> None:
         """Put a loss that knows its rows in front of the one that a model calls."""
-        loss = head.loss_function  # a property: what is set by its setter comes first
+        loss: Loss = head.loss_function  # a property: what is set by its setter comes first
         if "_loss_function" in vars(head):
             stack.callback(setattr, head, "_loss_function", loss)
         else:
@@ -135,18 +138,16 @@ class LogitRows:
         @functools.wraps(loss)
         def of_rows(logits: Tensor, labels: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
             rows = self._rows(logits.shape[1]) if logits.ndim == 3 else None
-            flight = self._flight
-            if rows is None or flight is None:
-                return loss(logits, labels, *args, **kwargs)  # type: ignore[no-any-return]
-            shifted = kwargs.pop("shift_labels", None)
+            shifted = kwargs.get("shift_labels")
             given, ahead = (labels, 1) if shifted is None else (shifted, 0)
+            flight = self._flight
+            if rows is None or flight is None or given is None:
+                return loss(logits, labels, *args, **kwargs)
             ignored = kwargs.get("ignore_index", _IGNORED)
             targets = _targets(rows, given, flight.length, ahead, ignored)
             # A loss that does not know `shift_labels` shifts by one itself.
             labels = nn.functional.pad(targets[:, :-1], (1, 0), value=ignored)
-            return loss(  # type: ignore[no-any-return]
-                logits, labels, *args, shift_labels=targets, **kwargs
-            )
+            return loss(logits, labels, *args, **{**kwargs, "shift_labels": targets})
 
         head._loss_function = of_rows
 
@@ -162,7 +163,7 @@ def _heads(model: PreTrainedModel, decoder: nn.Module) -> list[PreTrainedModel]:
         module
         for module in model.modules()
         if isinstance(module, PreTrainedModel)
-        and "labels" in inspect.signature(type(module).forward).parameters
+        and "labels" in _parameters(module)
         and any(inner is decoder for inner in module.modules())
     ]
 
@@ -176,8 +177,18 @@ def _check_layers(decoder: nn.Module) -> None:
         )
 
 
-def _calls_loss_function(model: PreTrainedModel) -> bool:
-    return "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
+def _parameters(model: PreTrainedModel) -> Iterable[str]:
+    return inspect.signature(type(model).forward).parameters
+
+
+def _names(model: PreTrainedModel) -> tuple[str, ...]:
+    """What the code of a model's forward calls."""
+    names: tuple[str, ...] = inspect.unwrap(type(model).forward).__code__.co_names
+    return names
+
+
+def _has_loss_inline(model: PreTrainedModel) -> bool:
+    return "labels" in _parameters(model) and "CrossEntropyLoss" in _names(model)
 
 
 def _cut(rows: Tensor, wanted: int | Tensor) -> Tensor:

@@ -165,17 +165,19 @@ class Run:
         forward, started = self.forward, self._started
         if forward is None or started is None:
             return
+        call = None
         if output is not None:  # None: the forward failed
             finished = Mark(self._lm)
             call = forward.finish()
             if call is not None:
-                self.logits.prefilled(forward.flight, call)
                 self.report.prefill(call, started, finished)
             # Counting steps would compile each of them anew, and a graph knows no time.
             elif not torch.compiler.is_compiling():
                 self.report.step(started, finished)
         forward.clock.stop()
         self.forward = None
+        if call is not None:
+            self.logits.prefilled(forward.flight, call)
 
     # -- decoder layers: physical inside
 
