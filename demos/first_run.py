@@ -133,14 +133,14 @@ def _block(number: int, asked: dict[str, str], unpruned: Answer, pruned: Answer)
 
 
 def _line(name: str, one: Answer) -> str:
-    tokens = one.media_tokens
+    tokens, seconds = one.media_tokens, one.seconds
     path = [tokens.before, *_before_cache(one).values(), tokens.after]
     return COLUMNS.format(
         name,
         textwrap.shorten(one.answer, 19, placeholder=" ..."),
         " > ".join(f"{left:g}" for left in path),
         f"{one.kv_bytes.after / 1024:.0f} KiB",
-        *(f"{one.seconds[part]:.3f} s" for part in ("encode", "prefill", "per_token")),
+        *(f"{spent:.3f} s" for spent in (seconds.encode, seconds.prefill, seconds.per_token)),
     )
 
 
@@ -164,8 +164,8 @@ def _summary(truths: list[str], runs: list[tuple[Answer, Answer]]) -> str:
         f"Right: {right(pruned)} of {len(truths)} with pruning, {right(unpruned)} without. Pruned, "
         f"the cache held {share(lambda one: one.media_tokens.after)} of the media tokens and "
         f"took {share(lambda one: one.kv_bytes.after)} of the bytes; prefill took "
-        f"{share(lambda one: one.seconds['prefill'])} of the time, encoding "
-        f"{share(lambda one: one.seconds['encode'])}.",
+        f"{share(lambda one: one.seconds.prefill or 0.0)} of the time, encoding "
+        f"{share(lambda one: one.seconds.encode or 0.0)}.",
         WIDTH,
     )
 

@@ -23,6 +23,7 @@ from tokenprune.models.media import Media
 from tokenprune.models.prompts import check_question
 from tokenprune.report.answer import Answer
 from tokenprune.report.change import Change
+from tokenprune.report.seconds import Seconds
 from tokenprune.report.timeline import Timeline
 from tokenprune.report.timing import Clock
 from tokenprune.session.session import Session
@@ -162,24 +163,23 @@ def answer(
     words = loaded.processor.batch_decode(output[:, length:], skip_special_tokens=True)[0]
     video = media.video
     timings = Timings(0.0, 0.0) if video is None else video.timings
-    decoding = {"index": timings.index_seconds, "decode": timings.decode_seconds}
-    computing = {"encode": 0.0, "prefill": 0.0, "per_token": 0.0} | report.seconds
-    spans = {
-        "decode": [(clock.of_host(begin), clock.of_host(end)) for begin, end in timings.effort],
-        "process": [(clock.of_host(began), clock.of_host(processed))],
-        **report.spans(clock),
-    }
+    reading = Seconds(index=timings.index_seconds, decode=timings.decode_seconds)
+    phases = replace(
+        report.spans(clock),
+        decode=tuple((clock.of_host(begin), clock.of_host(end)) for begin, end in timings.effort),
+        process=((clock.of_host(began), clock.of_host(processed)),),
+    )
     return Answer(
         answer=words.strip(),
         media_tokens=report.media_tokens,
-        seconds=decoding | computing,
+        seconds=Seconds.zero() + reading + report.seconds,
         kv_bytes=report.kv_bytes,
         frames=len(media.frames),
         recipe=str(recipe),
         model=loaded.name,
         report=report,
         pictures=loaded.visible(media),
-        timeline=Timeline((spans,)).from_start(),
+        timeline=Timeline((phases,)).from_start(),
         pictures_decoded=0 if video is None else video.pictures_decoded,
         bytes_read=0 if video is None else video.bytes_read,
         columns=loaded.columns(media),
@@ -230,13 +230,8 @@ def watch_and_ask(
         found = session.ask(
             question, max_new_tokens=max_new_tokens, streamer=streamer, logits_processor=[size]
         )
-    names = ("index", "decode", "encode", "prefill")
-    watching = {name: sum(getattr(one, f"{name}_seconds") for one in groups) for name in names}
-    return replace(
-        found,
-        kv_bytes=size.kv_bytes,
-        seconds={name: spent + watching.get(name, 0.0) for name, spent in found.seconds.items()},
-    )
+    spent = sum((one.seconds for one in groups), found.seconds)
+    return replace(found, kv_bytes=size.kv_bytes, seconds=replace(spent, process=None))
 
 
 class _SizeAfterPrefill:

@@ -153,8 +153,8 @@ class Bench:
                 session.watch(frames, fps=self.frames / (60.0 * FOOTAGE.minutes))
             answer = session.ask(QUESTION, max_new_tokens=1)
             spent = time.perf_counter() - begin
-            model = sum(one.encode_seconds + one.prefill_seconds for one in session.groups)
-        return spent, model + answer.seconds["prefill"]
+            total = sum((one.seconds for one in session.groups), answer.seconds)
+        return spent, (total.encode or 0.0) + (total.prefill or 0.0)
 
     def whole(self) -> tuple[float, Timeline]:
         """Seconds from the path to the first token, and how they passed."""

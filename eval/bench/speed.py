@@ -216,12 +216,12 @@ def with_tower(model: Model, inputs: dict[str, Tensor], pairs: int) -> None:
 
     def plain() -> float:
         seconds = run(model, inputs, "none", 1)["report"].seconds
-        shares.append(sum(spent) / (seconds["encode"] + seconds["prefill"]))
-        return float(seconds["prefill"])
+        shares.append(sum(spent) / (seconds.encode + seconds.prefill))
+        return float(seconds.prefill)
 
     def pruned() -> float:
         spent.clear()
-        return float(run(model, inputs, recipe, 1)["report"].seconds["prefill"])
+        return float(run(model, inputs, recipe, 1)["report"].seconds.prefill)
 
     with reading_timed() as spent:
         ratios = in_turns(plain, pruned, pairs)

@@ -98,7 +98,7 @@ def test_streams_the_answer_that_the_library_gives(
         loaded, media, "What shape was first?", Recipe(RECIPE), long_video_qa.LONGEST_ANSWER
     )
     assert (pruned, unpruned) == (expected.answer, "")
-    assert f"| in the cache | {expected.media_tokens['after']} |" in table
+    assert f"| in the cache | {expected.media_tokens.after} |" in table
     assert Path(picture).read_bytes().startswith(b"\x89PNG")
     texts = [output[0] for output in job.outputs()]
     assert texts[0] == "" and len(set(texts)) > 2

@@ -11,12 +11,13 @@ from tokenprune.core.site import Cache, Encoder, Input, Layer
 from tokenprune.report.answer import Answer, numbers, table
 from tokenprune.report.change import Change, MediaTokens, total
 from tokenprune.report.report import Report
+from tokenprune.report.seconds import Phases, Seconds
 from tokenprune.report.timeline import Timeline
 
 PRUNED = Answer(
     answer="A red ball rolls behind the box, and comes out again. " * 3,
     media_tokens=MediaTokens(64, 16, {Input(): 16.0}),
-    seconds={"index": 0.0, "decode": 0.1, "encode": 0.2, "prefill": 0.3, "per_token": 0.04},
+    seconds=Seconds(index=0.0, decode=0.1, encode=0.2, prefill=0.3, per_token=0.04),
     kv_bytes=Change(2**25, 2**23),
     frames=4,
     recipe="uniform(keep=0.25)",
@@ -88,6 +89,31 @@ def test_totals_are_of_every_site() -> None:
 
     assert total(counts) == MediaTokens(96, 12, {Input(): 16, Cache(): 12.75})
     assert total([]) == MediaTokens(0, 0)
+
+
+def test_seconds_of_two_are_added_part_by_part() -> None:
+    both = Seconds(decode=1.0, encode=2.0) + Seconds(decode=0.5, process=4.0)
+
+    assert both == Seconds(decode=1.5, process=4.0, encode=2.0)
+    assert list(both.as_dict().items()) == [("decode", 1.5), ("process", 4.0), ("encode", 2.0)]
+    assert Seconds.zero() + Seconds() == Seconds.zero()
+
+
+def test_phases_go_into_json_and_back() -> None:
+    phases = Phases(decode=((1.0, 2.0), (1.5, 3.0)), prefill=((3.0, 4.5),))
+    plain = json.loads(json.dumps(phases.as_dict()))
+
+    assert list(plain) == ["decode", "process", "encode", "prefill"]
+    assert Phases.from_dict(plain) == phases
+    assert phases.spans == ((1.0, 2.0), (1.5, 3.0), (3.0, 4.5))
+    assert Timeline((phases,)).from_start().as_list() == [
+        {
+            "decode": [[0.0, 1.0], [0.5, 2.0]],
+            "process": [],
+            "encode": [],
+            "prefill": [[2.0, 3.5]],
+        }
+    ]
 
 
 def test_long_cells_are_folded() -> None:

@@ -14,6 +14,7 @@ from tokenprune import Report, prune
 from tokenprune.core.site import Cache, Input, Layer
 from tokenprune.report.change import Change
 from tokenprune.report.report import Call, Decision
+from tokenprune.report.seconds import Seconds
 
 ALL_SITES = "plphp(keep=0.5) + random(keep=0.5 at=3) + vflowopt(keep=0.75)"
 
@@ -195,7 +196,7 @@ def test_the_report_as_text():
         "per_token",
     ]
     assert len(lines) == 4
-    assert all(seconds > 0 for seconds in report.seconds.values())
+    assert all(seconds > 0 for seconds in report.seconds.as_dict().values())
 
 
 def test_warnings_are_shown():
@@ -210,6 +211,6 @@ def test_an_empty_report_fails():
     for name in ("last", "media_tokens", "kv_bytes"):
         with pytest.raises(LookupError, match="nothing was recorded: no prompt with images, video"):
             getattr(report, name)
-    assert report.seconds == {"encode": 0}
+    assert report.seconds == Seconds(encode=0.0) and report.turn_seconds == Seconds()
     with pytest.raises(LookupError, match="nothing was recorded"):
         report.overlay([])

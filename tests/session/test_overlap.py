@@ -22,7 +22,8 @@ from tokenprune.media import VideoReader, index_video
 from tokenprune.media.decode.plan import plan_units
 from tokenprune.media.sampling import FrameRequest
 from tokenprune.models.load import load_model
-from tokenprune.report.timeline import PHASES, Timeline
+from tokenprune.report.seconds import Phases
+from tokenprune.report.timeline import Timeline
 from tokenprune.report.timing import Clock, Mark
 
 RECIPE = "uniform(keep=0.5)"
@@ -65,16 +66,16 @@ def test_groups_are_decoded_while_those_before_are_prefilled(loaded, clip):
         hook.remove()
 
     assert len(groups) == 6
-    (first,) = groups[0].spans["prefill"]
+    (first,) = groups[0].phases.prefill
     for ahead in groups[1:4]:  # three groups are decoded ahead
-        assert max(end for _, end in ahead.spans["decode"]) < first[1]
+        assert max(end for _, end in ahead.phases.decode) < first[1]
     for before, group in zip(groups, groups[4:], strict=False):
         # There is room for no more before the next one is taken.
-        (busy,) = before.spans["prefill"]
-        assert max(end for _, end in group.spans["decode"]) > busy[1]
+        (busy,) = before.phases.prefill
+        assert max(end for _, end in group.phases.decode) > busy[1]
     for group in groups[1:]:
-        assert group.decode_seconds < 0.2
-        assert group.prefill_seconds > 0.4
+        assert group.seconds.decode < 0.2
+        assert group.seconds.prefill > 0.4
 
 
 def test_an_error_stops_the_workers_at_once(loaded, clip):
@@ -152,7 +153,7 @@ def test_a_picture_is_not_decoded(loaded, files):
 
     assert (found.pictures_decoded, found.bytes_read) == (0, 0)
     (group,) = found.timeline.groups
-    assert not group["decode"] and len(group["process"]) == len(group["prefill"]) == 1
+    assert not group.decode and len(group.process) == len(group.prefill) == 1
 
 
 # -- asking in groups
@@ -176,8 +177,8 @@ def test_asking_in_groups_is_watching_and_asking(loaded, files):
     assert found.kv_bytes == whole.kv_bytes
     assert found.kv_bytes.after > expected.kv_bytes.after
     assert len(found.report.calls) == len(found.timeline.groups) == 2
-    assert all(found.seconds[name] > 0 for name in found.seconds)
-    assert found.seconds["prefill"] > expected.seconds["prefill"]  # not of the question alone
+    assert len(found.seconds.as_dict()) == 5 and min(found.seconds.as_dict().values()) > 0
+    assert found.seconds.prefill > expected.seconds.prefill  # not of the question alone
 
 
 def test_ask_in_groups_from_the_command_line(command, checkpoint, files, tmp_path):
@@ -190,7 +191,7 @@ def test_ask_in_groups_from_the_command_line(command, checkpoint, files, tmp_pat
     found = json.loads(ran.out)
     assert found["recipe"] == "vflowopt(keep=0.25)" and found["unpruned"]["recipe"] == "none"
     assert found["media_tokens"]["after"] < found["unpruned"]["media_tokens"]["after"]
-    assert [set(group) for group in found["timeline"]] == [set(PHASES)] * 2
+    assert [list(group) for group in found["timeline"]] == [list(Phases().as_dict())] * 2
     with Image.open(picture) as drawn:
         assert drawn.format == "PNG" and drawn.width > drawn.height
     table = command("ask", files.video, "what?", *arguments)
@@ -280,19 +281,19 @@ def test_phases_of_a_group_follow_each_other(loaded, files):
     assert len(timeline.groups) == 3
     previous = 0.0
     for phases, group in zip(timeline.groups, session.groups or [None] * 3, strict=True):
-        decoded = max(end for _, end in phases["decode"])
-        (process,), (prefill,) = phases["process"], phases["prefill"]
-        encode = phases["encode"]
+        decoded = max(end for _, end in phases.decode)
+        (process,), (prefill,) = phases.process, phases.prefill
+        encode = phases.encode
         assert 0 < decoded <= process[0] < process[1] <= encode[0][0]
         assert encode[-1][1] <= prefill[0] < prefill[1] < spent
         assert previous <= process[0]  # the model does one thing at a time
         previous = prefill[1]
         if group is not None:
-            assert length(encode) == pytest.approx(group.encode_seconds, abs=1e-4)
-            assert length([prefill]) == pytest.approx(group.prefill_seconds, abs=1e-4)
+            assert length(encode) == pytest.approx(group.seconds.encode, abs=1e-4)
+            assert length([prefill]) == pytest.approx(group.seconds.prefill, abs=1e-4)
     listed = timeline.as_list()
     assert json.loads(json.dumps(listed)) == listed
-    assert listed[1]["prefill"][0] == pytest.approx(timeline.groups[1]["prefill"][0], abs=1e-6)
+    assert listed[1]["prefill"][0] == pytest.approx(timeline.groups[1].prefill[0], abs=1e-6)
 
 
 def test_the_clock_of_a_loaded_session_goes_on(loaded, files, tmp_path):
@@ -306,16 +307,16 @@ def test_the_clock_of_a_loaded_session_goes_on(loaded, files, tmp_path):
         session.watch(files.silent, frames=7)
         whole = session.timeline
     for before, after in pairwise(whole.groups):
-        assert before["prefill"][0][1] < after["process"][0][0]
+        assert before.prefill[0][1] < after.process[0][0]
 
 
 def test_frames_at_once_are_one_group(loaded, files):
     found = ask(loaded, files.video, "what?", recipe=RECIPE, frames=6, max_new_tokens=1)
     (group,) = found.timeline.groups
 
-    assert min(begin for begin, _ in group["decode"]) == 0
-    assert group["decode"][-1][1] <= group["process"][0][0] <= group["encode"][0][0]
-    assert length(group["prefill"]) == pytest.approx(found.seconds["prefill"], abs=1e-4)
+    assert min(begin for begin, _ in group.decode) == 0
+    assert group.decode[-1][1] <= group.process[0][0] <= group.encode[0][0]
+    assert length(group.prefill) == pytest.approx(found.seconds.prefill, abs=1e-4)
 
 
 def test_a_clock_shows_one_time_for_all():
@@ -328,7 +329,7 @@ def test_a_clock_shows_one_time_for_all():
 
 
 def bars(*spans):
-    return {"decode": list(spans), "process": [], "encode": [], "prefill": []}
+    return Phases(decode=spans)
 
 
 def colours(picture):
@@ -396,7 +397,7 @@ def test_a_round_of_the_bench(number, clip):
     assert 0 < one.first_group < one.decode
     assert 0 < one.model < one.compute
     assert len(timeline.groups) == 2
-    assert 0 < timeline.groups[-1]["prefill"][0][1] < one.whole
+    assert 0 < timeline.groups[-1].prefill[0][1] < one.whole
 
 
 def test_the_goal_of_the_bench():

@@ -66,11 +66,12 @@ def test_a_file_is_watched_group_by_group(session, files):
     assert [group.first_frame for group in groups] == [0, 4, 8]
     assert session.frames == 10
     for before, group in zip([None, *groups], groups, strict=False):
-        assert group.decode_seconds >= 0
-        assert min(group.process_seconds, group.encode_seconds, group.prefill_seconds) > 0
-        spent = group.decode_seconds + group.process_seconds + group.prefill_seconds
+        seconds = group.seconds
+        assert seconds.decode >= 0
+        assert min(seconds.process, seconds.encode, seconds.prefill) > 0
+        spent = seconds.decode + seconds.process + seconds.prefill
         if before is not None:
-            assert group.began_seconds >= before.began_seconds + before.prefill_seconds
+            assert group.began_seconds >= before.began_seconds + before.seconds.prefill
             assert group.kv_bytes.after > before.kv_bytes.after
         assert spent < 600
     tokens = session.media_tokens
@@ -215,9 +216,9 @@ def test_an_answer_tells_what_it_cost(session, files):
     assert answer.kv_bytes == session.kv_bytes
     assert answer.recipe == "uniform(keep=0.5)"
     seconds = answer.seconds
-    assert seconds["index"] == seconds["decode"] == seconds["encode"] == 0
-    assert seconds["prefill"] > 0 and seconds["per_token"] > 0
-    assert session.ask("what?", max_new_tokens=1).seconds["per_token"] == 0
+    assert seconds.index == seconds.decode == seconds.encode == 0
+    assert seconds.prefill > 0 and seconds.per_token > 0
+    assert session.ask("what?", max_new_tokens=1).seconds.per_token == 0
     assert len(session.report.calls) == 2  # questions bring no media
 
 
@@ -340,7 +341,7 @@ def test_a_loaded_session_is_the_saved_one(saved, loaded, tmp_path):
         assert session.frames == 8
         assert session.ask("what?", max_new_tokens=4).as_dict() == {
             **answer.as_dict(),
-            "seconds": pytest.approx(answer.seconds, abs=600),
+            "seconds": pytest.approx(answer.seconds.as_dict(), abs=600),
         }
         session.save(tmp_path / "again.safetensors")
     first, second = load_file(path), load_file(tmp_path / "again.safetensors")

@@ -12,15 +12,13 @@ from torch import Tensor
 
 from tokenprune.report.change import Change, MediaTokens
 from tokenprune.report.report import Report
+from tokenprune.report.seconds import Seconds
 from tokenprune.report.timeline import Timeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["SECONDS", "Answer", "numbers", "table"]
-
-SECONDS = ("index", "decode", "encode", "prefill", "per_token")
-"""What `Answer.seconds` tells, in order."""
+__all__ = ["Answer", "numbers", "table"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Answer:
     Attributes:
         answer: The model's words.
         media_tokens: Counts before and after pruning, and what each site let through.
-        seconds: "index", "decode", "encode", "prefill" and the mean "per_token".
+        seconds: How long each part took; the processor is left out.
         kv_bytes: Bytes of the cache at the end of prefill, unpruned and measured.
         frames: Frames that the model was given.
         recipe: The recipe, as text.
@@ -48,7 +46,7 @@ class Answer:
 
     answer: str
     media_tokens: MediaTokens
-    seconds: dict[str, float]
+    seconds: Seconds
     kv_bytes: Change[int]
     frames: int
     recipe: str
@@ -73,7 +71,7 @@ class Answer:
         return {
             "answer": self.answer,
             "media_tokens": self.media_tokens.as_dict(),
-            "seconds": self.seconds,
+            "seconds": self.seconds.as_dict(),
             "kv_bytes": self.kv_bytes.as_dict(),
             "frames": self.frames,
             "pictures_decoded": self.pictures_decoded,
@@ -87,6 +85,7 @@ class Answer:
 def numbers(answers: Sequence[Answer]) -> list[tuple[str, list[str]]]:
     """What answers cost, row by row: its name, and a cell for each answer."""
     sites = list(dict.fromkeys(site for one in answers for site in one.media_tokens.per_site))
+    spent = [one.seconds.as_dict() for one in answers]
     decoded = [
         ("  decoded", [f"{one.pictures_decoded} pictures" for one in answers]),
         ("  read", [_size(one.bytes_read) for one in answers]),
@@ -102,8 +101,8 @@ def numbers(answers: Sequence[Answer]) -> list[tuple[str, list[str]]]:
         ("  in the cache", [str(one.media_tokens.after) for one in answers]),
         ("KV cache", [_size(one.kv_bytes.after) for one in answers]),
         *(
-            (f"{name.replace('_', ' ')} seconds", [f"{one.seconds[name]:.3f}" for one in answers])
-            for name in SECONDS
+            (f"{name.replace('_', ' ')} seconds", [_spent(one.get(name)) for one in spent])
+            for name in dict.fromkeys(name for one in spent for name in one)
         ),
     ]
 
@@ -129,6 +128,10 @@ def table(answers: list[Answer]) -> str:
 
 def _left(tokens: float | None) -> str:
     return "-" if tokens is None else f"{tokens:g}"
+
+
+def _spent(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.3f}"
 
 
 def _size(count: int) -> str:

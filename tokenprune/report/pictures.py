@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tokenprune.core.layout import AUDIO, TokenLayout
 from tokenprune.errors import MediaError, MissingExtraError
-from tokenprune.report.timeline import PHASES, Span, Timeline
+from tokenprune.report.seconds import Phases, Span
+from tokenprune.report.timeline import Timeline
 
 __all__ = ["chart", "check_chart", "check_picture", "overlay", "save_picture"]
 
@@ -184,12 +185,13 @@ def chart(timeline: Timeline) -> Image.Image:
     colours = colormaps["tab10"].colors  # type: ignore[attr-defined]  # of listed maps only
     figure = Figure(figsize=(12, 3.6), dpi=120, layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
-    last = max(span[1] for group in timeline.groups for spans in group.values() for span in spans)
-    for line, phase in enumerate(PHASES):
+    last = max(end for group in timeline.groups for _, end in group.spans)
+    phases = tuple(Phases().as_dict())
+    for line, phase in enumerate(phases):
         spans = [
             (span, number)
             for number, group in enumerate(timeline.groups)
-            for span in group.get(phase, ())
+            for span in group.as_dict()[phase]
         ]
         lanes = _lanes([span for span, _ in spans])
         height = _BAR / (max(lanes, default=0) + 1)
@@ -200,8 +202,8 @@ def chart(timeline: Timeline) -> Image.Image:
             if end - begin > last / 50:
                 middle = (begin + end) / 2, top + height / 2
                 axes.text(*middle, str(number), ha="center", va="center", fontsize=7)
-    axes.set_yticks(range(len(PHASES)), PHASES)
-    axes.set_ylim(len(PHASES) - 0.5, -0.5)
+    axes.set_yticks(range(len(phases)), phases)
+    axes.set_ylim(len(phases) - 0.5, -0.5)
     axes.set_xlim(0, last)
     axes.set_xlabel("seconds")
     axes.set_title(f"{len(timeline.groups)} groups of frames, by number", fontsize=10)

@@ -14,7 +14,7 @@ from tokenprune.core.selection import Merge
 from tokenprune.core.site import Cache, Site
 from tokenprune.errors import TokenPruneError
 from tokenprune.report.change import Change, MediaTokens
-from tokenprune.report.timeline import Span
+from tokenprune.report.seconds import Phases, Seconds, Span
 from tokenprune.report.timing import Clock, Mark
 
 if TYPE_CHECKING:
@@ -203,46 +203,42 @@ class Report:
         return Change(self.last.kv_bytes_before, self.last.kv_bytes_after)
 
     @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds for "encode" and "prefill", and the mean "per_token" of decoding.
+    def seconds(self) -> Seconds:
+        """Seconds of `encode` and `prefill`, and the mean `per_token` of decoding.
 
         What ran compiled is not timed.
         """
-        found = {"encode": sum(b.seconds_since(a) for a, b in self._encoding)}
+        encode = sum((end.seconds_since(begin) for begin, end in self._encoding), 0.0)
+        prefill = per_token = math.nan
         if self._prefill is not None:
-            found["prefill"] = self._prefill[1].seconds_since(self._prefill[0])
+            prefill = self._prefill[1].seconds_since(self._prefill[0])
         if self._steps:
-            found["per_token"] = self._steps[-1][1].seconds_since(self._steps[0][0]) / self._count
-        return {name: value for name, value in found.items() if not math.isnan(value)}
+            per_token = self._steps[-1][1].seconds_since(self._steps[0][0]) / self._count
+        return _measured(encode=encode, prefill=prefill, per_token=per_token)
 
     @property
-    def turn_seconds(self) -> dict[str, float]:
-        """Seconds of an answer without new media: "prefill" of its text, and mean "per_token"."""
+    def turn_seconds(self) -> Seconds:
+        """Seconds of an answer without new media: `prefill` of its text, and mean `per_token`."""
         if not self._steps:
-            return {}
+            return Seconds()
         text, last = self._steps[0], self._steps[-1]
-        found = {"prefill": text[1].seconds_since(text[0])}
+        prefill, per_token = text[1].seconds_since(text[0]), math.nan
         if self._count > 1:
-            found["per_token"] = last[1].seconds_since(text[1]) / (self._count - 1)
-        return found
+            per_token = last[1].seconds_since(text[1]) / (self._count - 1)
+        return _measured(prefill=prefill, per_token=per_token)
 
-    def spans(self, clock: Clock) -> dict[str, list[Span]]:
-        """When the last prefill that brought media was under way: "encode" and "prefill".
+    def spans(self, clock: Clock) -> Phases:
+        """When the last prefill that brought media was under way: `encode` and `prefill`.
 
         What ran compiled is not timed.
         """
-        marks = {
-            "encode": self._encoding,
-            "prefill": [] if self._prefill is None else [self._prefill],
-        }
-        return {
-            name: [
-                (clock.of(begin), clock.of(end))
-                for begin, end in pairs
-                if not math.isnan(end.seconds_since(begin))
-            ]
-            for name, pairs in marks.items()
-        }
+
+        def timed(pairs: list[tuple[Mark, Mark]]) -> tuple[Span, ...]:
+            spans = ((clock.of(begin), clock.of(end)) for begin, end in pairs)
+            return tuple(span for span in spans if not math.isnan(span[1] - span[0]))
+
+        prefill = [] if self._prefill is None else [self._prefill]
+        return Phases(encode=timed(self._encoding), prefill=timed(prefill))
 
     def scatter_logits(self, logits: Tensor, fill: float = math.nan) -> Tensor:
         """Put the logits of the last prefill that brought media where an unpruned model has them.
@@ -281,7 +277,7 @@ class Report:
     def __str__(self) -> str:
         if not self.calls:
             return f"{self.recipe}: no prompt with media yet"
-        tokens, size, seconds = self.media_tokens, self.kv_bytes, self.seconds
+        tokens, size, seconds = self.media_tokens, self.kv_bytes, self.seconds.as_dict()
         sites = ", ".join(f"{site} {left:g}" for site, left in tokens.per_site.items())
         lines = [
             f"recipe        {self.recipe}",
@@ -293,6 +289,11 @@ class Report:
 
     def __repr__(self) -> str:
         return f"Report({self.recipe}, {len(self.calls)} prefills)"
+
+
+def _measured(**seconds: float) -> Seconds:
+    """Seconds without those that are of no time."""
+    return Seconds(**{name: one for name, one in seconds.items() if not math.isnan(one)})
 
 
 def _mebibytes(size: int) -> str:

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenprune.errors import MediaError
+from tokenprune.report.seconds import Phases
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["PHASES", "Phases", "Span", "Timeline"]
-
-Span = tuple[float, float]
-"""Seconds at which something began and ended."""
-
-Phases = Mapping[str, Sequence[Span]]
-"""For each of `PHASES` when it was under way."""
-
-PHASES = ("decode", "process", "encode", "prefill")
-"""In order. Decoding is work of the reader's workers, whose spans may overlap."""
+__all__ = ["Timeline"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +29,10 @@ class Timeline:
     def as_list(self) -> list[dict[str, list[list[float]]]]:
         """What `--json` prints: for each group and phase pairs of begin and end, in seconds."""
         return [
-            {phase: [[round(t, 6) for t in span] for span in group[phase]] for phase in PHASES}
+            {
+                phase: [[round(t, 6) for t in span] for span in spans]
+                for phase, spans in group.as_dict().items()
+            }
             for group in self.groups
         ]
 
@@ -51,7 +45,7 @@ class Timeline:
         """
         from tokenprune.report.pictures import chart
 
-        if not any(spans for group in self.groups for spans in group.values()):
+        if not any(group.spans for group in self.groups):
             raise MediaError("a timeline needs groups of frames, but nothing was timed")
         return chart(self)
 
@@ -69,14 +63,6 @@ class Timeline:
 
     def from_start(self) -> Timeline:
         """The same with 0 where the first span begins."""
-        begins = [span[0] for group in self.groups for spans in group.values() for span in spans]
+        begins = [begin for group in self.groups for begin, _ in group.spans]
         first = min(begins, default=0.0)
-        return Timeline(
-            tuple(
-                {
-                    phase: [(begin - first, end - first) for begin, end in spans]
-                    for phase, spans in group.items()
-                }
-                for group in self.groups
-            )
-        )
+        return Timeline(tuple(group.shifted(-first) for group in self.groups))

@@ -19,9 +19,10 @@ from tokenprune.errors import MediaError, TokenPruneError
 from tokenprune.media.decode.pool import WorkerKind
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.models.prompts import check_question
-from tokenprune.report.answer import SECONDS, Answer
+from tokenprune.report.answer import Answer
 from tokenprune.report.change import Change, MediaTokens, total
 from tokenprune.report.report import Report
+from tokenprune.report.seconds import Seconds
 from tokenprune.report.timeline import Timeline
 from tokenprune.session.checks import check_session, check_watches
 from tokenprune.session.file import check_identity, check_path, identity, read, write
@@ -128,7 +129,7 @@ class Session:
     @property
     def timeline(self) -> Timeline:
         """When each group was decoded, processed, encoded and prefilled."""
-        return Timeline(tuple(group.spans for group in self._watcher.groups))
+        return Timeline(tuple(group.phases for group in self._watcher.groups))
 
     @property
     def pictures_decoded(self) -> int:
@@ -229,7 +230,7 @@ class Session:
         return Answer(
             answer=answer_words(output, prompt, self._loaded),
             media_tokens=self.media_tokens,
-            seconds={**dict.fromkeys(SECONDS, 0.0), **report.turn_seconds},
+            seconds=Seconds.zero() + report.turn_seconds,
             kv_bytes=self.kv_bytes,
             frames=self.frames,
             recipe=str(self.recipe),
@@ -318,13 +319,8 @@ class Session:
         """
         tensors, header = read(path)
         check_identity(path, header["identity"], unwrapped(model))
-        session = cls(
-            model,
-            processor,
-            header["recipe"],
-            group=header["group"],
-            name=name or header["model"],
-        )
+        name = name or header["model"]
+        session = cls(model, processor, header["recipe"], group=header["group"], name=name)
         try:
             watched = Watched.from_state(session._loaded, tensors, header["watched"])
         except TokenPruneError as error:

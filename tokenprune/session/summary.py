@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from tokenprune.report.seconds import Seconds
 
 if TYPE_CHECKING:
     from tokenprune.session.session import Session
@@ -29,10 +32,8 @@ def as_dict(session: Session) -> dict[str, Any]:
 def as_text(session: Session) -> str:
     """The same as a few lines of text."""
     tokens, size, groups = session.media_tokens, session.kv_bytes, session.groups
-    spent = [
-        f"{name} {sum(getattr(group, f'{name}_seconds') for group in groups):.3f}"
-        for name in ("decode", "process", "encode", "prefill")
-    ]
+    nothing = Seconds(decode=0.0, process=0.0, encode=0.0, prefill=0.0)
+    spent = replace(sum((group.seconds for group in groups), nothing), index=None).as_dict()
     mebibytes = [f"{count / 2**20:.1f} MiB" for count in (size.before, size.after)]
     lines = [
         f"recipe        {session.recipe}",
@@ -40,6 +41,6 @@ def as_text(session: Session) -> str:
         f"decoded       {session.pictures_decoded} pictures, {session.bytes_read / 2**20:.1f} MiB",
         f"media tokens  {tokens.before} -> {tokens.after}",
         f"KV cache      {' -> '.join(mebibytes)}",
-        f"seconds       {', '.join(spent)}",
+        "seconds       " + ", ".join(f"{name} {value:.3f}" for name, value in spent.items()),
     ]
     return "\n".join(lines)

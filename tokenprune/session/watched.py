@@ -14,7 +14,7 @@ from tokenprune.engine.rollback import cache_from_state, cache_state
 from tokenprune.errors import TokenPruneError
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.report.change import Change, MediaTokens
-from tokenprune.report.timeline import Phases
+from tokenprune.report.seconds import Phases, Seconds
 from tokenprune.session.script import Pace, Script, Tokens
 
 __all__ = ["Watched", "WatchedGroup"]
@@ -30,12 +30,9 @@ class WatchedGroup:
         media_tokens: Counts before and after pruning, and what each site let through.
         kv_bytes: Bytes of the whole cache after it: unpruned, and as measured.
         began_seconds: When the session began to wait for it, since the session was made.
-        index_seconds: The time to index a file, with its first group.
-        decode_seconds: The time waited for its frames; 0 for frames that were given.
-        process_seconds: The processor's time.
-        encode_seconds: The encoder's time.
-        prefill_seconds: The language model's time, pruning included.
-        spans: When what was under way, see `Timeline`. Decoding ran before the session waited.
+        seconds: How long each part took: `index` of a file with its first group, `decode` for
+            which its frames were waited; both are 0 for frames that were given.
+        phases: When each part was under way. Decoding ran before the session waited.
     """
 
     first_frame: int
@@ -43,26 +40,34 @@ class WatchedGroup:
     media_tokens: MediaTokens
     kv_bytes: Change[int]
     began_seconds: float
-    index_seconds: float
-    decode_seconds: float
-    process_seconds: float
-    encode_seconds: float
-    prefill_seconds: float
-    spans: Phases
+    seconds: Seconds
+    phases: Phases
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data."""
-        plain = {one.name: getattr(self, one.name) for one in fields(self)}
-        return plain | {
+        return {
+            "first_frame": self.first_frame,
+            "frames": self.frames,
             "media_tokens": self.media_tokens.as_dict(),
             "kv_bytes": self.kv_bytes.as_dict(),
+            "began_seconds": self.began_seconds,
+            **{f"{name}_seconds": spent for name, spent in self.seconds.as_dict().items()},
+            "spans": self.phases.as_dict(),
         }
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> WatchedGroup:
         """The group that `as_dict` wrote."""
-        tokens, size = MediaTokens.from_dict(plain["media_tokens"]), Change(**plain["kv_bytes"])
-        return cls(**plain | {"media_tokens": tokens, "kv_bytes": size})
+        spent = {name.removesuffix("_seconds"): value for name, value in plain.items()}
+        return cls(
+            plain["first_frame"],
+            plain["frames"],
+            MediaTokens.from_dict(plain["media_tokens"]),
+            Change(**plain["kv_bytes"]),
+            plain["began_seconds"],
+            Seconds(**{one.name: spent.get(one.name) for one in fields(Seconds)}),
+            Phases.from_dict(plain["spans"]),
+        )
 
 
 @dataclass
@@ -98,8 +103,8 @@ class Watched:
     @property
     def end_seconds(self) -> float:
         """When the last of what was timed ended, since the session was made."""
-        spans = [span for group in self.groups for phase in group.spans.values() for span in phase]
-        return max((end for _, end in spans), default=0.0)
+        ends = (end for group in self.groups for _, end in group.phases.spans)
+        return max(ends, default=0.0)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What makes it up: tensors by name, and the rest as plain numbers, texts and lists."""

@@ -24,6 +24,7 @@ from tokenprune.models.loaded import LoadedModel
 from tokenprune.models.processors import frame_size
 from tokenprune.report.change import Change
 from tokenprune.report.report import Report
+from tokenprune.report.seconds import Seconds
 from tokenprune.report.timing import Clock
 from tokenprune.session.checks import check_group
 from tokenprune.session.positions import check_positions, prompt_positions
@@ -261,23 +262,24 @@ class Watcher:
             processed: When the processor was done.
         """
         report, timings, host = self._report, group.timings, self.clock.of_host
-        seconds, cache = report.seconds, watched.cache
+        cache = watched.cache
+        reading = Seconds(
+            index=timings.index_seconds,
+            decode=timings.decode_seconds,
+            process=processed - began,
+        )
         return WatchedGroup(
             first_frame=sum(one.frames for one in watched.groups),
             frames=len(group.frames),
             media_tokens=report.last.media_tokens,
             kv_bytes=Change(full_cache_bytes(cache), cache_bytes(cache)),
             began_seconds=host(began - timings.decode_seconds),
-            index_seconds=timings.index_seconds,
-            decode_seconds=timings.decode_seconds,
-            process_seconds=processed - began,
-            encode_seconds=seconds["encode"],
-            prefill_seconds=seconds["prefill"],
-            spans={
-                "decode": [(host(start), host(end)) for start, end in timings.effort],
-                "process": [(host(began), host(processed))],
-                **report.spans(self.clock),
-            },
+            seconds=reading + replace(report.seconds, per_token=None),
+            phases=replace(
+                report.spans(self.clock),
+                decode=tuple((host(start), host(end)) for start, end in timings.effort),
+                process=((host(began), host(processed)),),
+            ),
         )
 
     def _forward(self, watched: Watched, prompt: Tokens, new: Tokens, given: Given) -> None:
