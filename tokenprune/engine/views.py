@@ -98,7 +98,7 @@ class StreamedView(EncoderView):
             scores = torch.baddbmm(nothing, block, key, beta=0, alpha=self._scaling)
             if self._padding is not None:
                 scores[..., self._prefix :].masked_fill_(self._padding[views.start], -torch.inf)
-            scores = scores.unflatten(0, (several, heads))
+            scores = scores.view(several, heads, *scores.shape[1:])
             attention = scores.softmax(dim=-1, dtype=torch.float32).mean(dim=1)
             if self._prefix:
                 # A class token takes its share of the softmax, but is no patch to be kept.
