@@ -37,7 +37,7 @@ class Seconds:
         return cls(index=0.0, decode=0.0, encode=0.0, prefill=0.0, per_token=0.0)
 
     def __add__(self, other: Seconds) -> Seconds:
-        """The sum; a part that was measured in one of both only counts as it is."""
+        """The sum, part by part; a part that neither measured stays None."""
         mine, theirs = self.as_dict(), other.as_dict()
         names = mine | theirs
         return Seconds(**{name: mine.get(name, 0.0) + theirs.get(name, 0.0) for name in names})
