@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 import tokenprune
-from tokenprune import methods
+from tokenprune import media, methods
 
 
 def modules() -> list[str]:
@@ -48,7 +48,9 @@ def test_exports_are_sorted_and_exist(name):
     assert [one for one in exported if not hasattr(module, one)] == []
 
 
-@pytest.mark.parametrize("package", [tokenprune, methods], ids=lambda package: package.__name__)
+@pytest.mark.parametrize(
+    "package", [tokenprune, media, methods], ids=lambda package: package.__name__
+)
 def test_a_lazy_package_gives_what_it_lists(package):
     where = names_for_type_checkers(package)
 
@@ -64,7 +66,9 @@ def test_a_lazy_package_gives_what_it_lists(package):
         getattr(package, unknown)
 
 
-@pytest.mark.parametrize("package", [tokenprune, methods], ids=lambda package: package.__name__)
+@pytest.mark.parametrize(
+    "package", [tokenprune, media, methods], ids=lambda package: package.__name__
+)
 def test_no_module_hides_a_name(package):
     """`import tokenprune.asking` sets `tokenprune.asking`: `ask` must not be such a module."""
     parts = {one.name for one in pkgutil.iter_modules(package.__path__)}

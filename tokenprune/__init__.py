@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tokenprune._lazy import lazy_names
 from tokenprune._version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -90,14 +91,4 @@ _MODULES = {
 """Where each name comes from when it is first used: torch alone takes seconds to import."""
 
 if not TYPE_CHECKING:  # type checkers shall know the names above, and no others
-
-    def __getattr__(name: str) -> object:
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from importlib import import_module
-
-        value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-        return value
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+    __getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tokenprune._lazy import lazy_names
+
 if TYPE_CHECKING:
     from tokenprune.media.index.build import index_video, probe
     from tokenprune.media.index.index import PacketIndex, VideoInfo
@@ -61,14 +63,4 @@ _MODULES = {
 """Where each name comes from when it is first used: checks of arguments need no torch, no PyAV."""
 
 if not TYPE_CHECKING:  # type checkers shall know the names above, and no others
-
-    def __getattr__(name: str) -> object:
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from importlib import import_module
-
-        value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-        return value
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+    __getattr__, __dir__ = lazy_names(__name__, _MODULES)
