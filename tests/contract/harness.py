@@ -35,7 +35,10 @@ def model_of(name: str, attention: str = "sdpa") -> tiny.Tiny:
 
 @cache
 def _model_of(name: str, attention: str) -> tiny.Tiny:
-    return tiny.build(name, attention=attention)
+    one = tiny.build(name, attention=attention)
+    with torch.no_grad():  # in its first forward transformers puts hooks into a model, for good
+        one.model(**one.inputs())
+    return one
 
 
 def prompt_of(one: tiny.Tiny, kind: str = "alone") -> dict[str, Any]:

@@ -179,7 +179,7 @@ class EncoderCalls:
                 self._score_views()
             self._views.append(views)
             self._tower = kind
-            if padding is not None:
+            if padding is not None or len(views[0]) > 1:  # many already: nothing is gained
                 self._score_views(padding)
 
     def _held(self) -> int:
@@ -195,7 +195,9 @@ class EncoderCalls:
         call = self._current
         if not self._views or self._tower is None or call is None:
             return
-        query, key = (torch.cat(parts) for parts in zip(*self._views, strict=True))
+        query, key = self._views[0]
+        if len(self._views) > 1:
+            query, key = (torch.cat(parts) for parts in zip(*self._views, strict=True))
         self._views.clear()
         tower, scaling = self._tower
         view = StreamedView(query, key, scaling, tower.prefix_tokens, padding)

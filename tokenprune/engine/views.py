@@ -20,6 +20,9 @@ _BLOCK_ELEMENTS = 1 << 23
 _BLOCK_ELEMENTS_CPU = 1 << 20
 """Four times as fast on a processor, whose cache holds the smaller block."""
 
+_GROUPS = 16
+"""At least so many groups of views follow each other: what one takes is little beside the tower."""
+
 
 class StreamedView(EncoderView):
     """Attention of some views, computed from queries and keys in blocks of rows.
@@ -71,6 +74,7 @@ class StreamedView(EncoderView):
     def _groups(self, rows: int) -> Iterator[slice]:
         """Views that are worked on at once: as many as fit into a block with all their rows."""
         several = self._limit() // max(1, rows * self._key.shape[1] * self._key.shape[2])
+        several = min(several, self.views // _GROUPS)
         step = 1 if self._padding is not None else max(1, several)
         for start in range(0, self.views, step):
             yield slice(start, start + step)

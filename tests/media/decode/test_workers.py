@@ -25,14 +25,16 @@ from tokenprune.media.reader import group_bounds
 
 
 def children() -> list[int]:
-    """Processes started by this one that are alive, or dead and not waited for."""
+    """Decoding processes started by this one that are alive, or dead and not waited for."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(entry.read_text().rpartition(")")[2].split()[1])
+            command = (entry.parent / "cmdline").read_text()
         except OSError:  # it has ended meanwhile
             continue
-        if parent == os.getpid():
+        # The dead have no command; others are not the reader's, such as a compiler's.
+        if parent == os.getpid() and (not command or "tokenprune.media" in command):
             found.append(int(entry.parent.name))
     return found
 
