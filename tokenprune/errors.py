@@ -46,3 +46,9 @@ class NoVideoStreamError(MediaError):
 
 class MissingExtraError(TokenPruneError, ImportError):
     """An optional package is not installed, or fails to load."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as part of a message; its name if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".;") if lines else type(error).__name__

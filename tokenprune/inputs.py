@@ -10,11 +10,11 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from tokenprune.errors import DecodeError, MediaError, NoVideoStreamError
+from tokenprune.errors import DecodeError, MediaError, NoVideoStreamError, first_line
 from tokenprune.media import Video, probe, read_audio, read_video
 from tokenprune.media.index.container import check_file
 from tokenprune.models.media import Media
-from tokenprune.models.processors import SAMPLING_RATE, first_line, frame_size
+from tokenprune.models.processors import SAMPLING_RATE, frame_size
 
 if TYPE_CHECKING:
     from tokenprune.models.loaded import LoadedModel

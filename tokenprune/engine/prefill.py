@@ -92,14 +92,15 @@ class Prefill:
             if not len(candidates):
                 continue
             layout = sample.layout[candidates]
-            if _promised(stage, layout) == len(candidates):
+            promised = _promised(stage, layout)
+            if promised == len(candidates):
                 self._record(stage, sample, candidates, candidates, None)
                 continue
             where = flight.locate(sample.number, layout.position - self._past)
             # Stages work on one device, whichever the layer is on.
             features = hidden[sample.number, where.to(hidden.device)].to(where.device)
             selection = stage.select(self._context(stage, sample, candidates, layout, features))
-            _check(stage, selection, layout, heads=None)
+            _check(stage, selection, len(layout), promised)
             kept = candidates[selection.index]
             merge = _translate(selection.merge, candidates)
             if merge is not None:
@@ -202,14 +203,15 @@ class Prefill:
             if not rows.shape[1]:
                 continue
             layout = sample.layout[rows[0]]
-            if _promised(stage, layout) == rows.shape[1]:
+            promised = _promised(stage, layout)
+            if promised == rows.shape[1]:
                 self._record(stage, sample, rows, rows, None, layer=number)
                 continue
             context = StoredEntries(
                 self._shape, self._past, sample, number, layer, flight, attention, rows
             )
             selection = stage.select(context)
-            _check(stage, selection, layout, heads)
+            _check(stage, selection, len(layout), promised, heads)
             if selection.index.shape[-1] == rows.shape[1]:
                 self._record(stage, sample, rows, rows, None, layer=number)
                 continue
@@ -284,17 +286,22 @@ def _promised(stage: Stage, layout: TokenLayout) -> int | None:
     return None if budget is None or not budget.exact else budget.total
 
 
-def _check(stage: Stage, selection: Selection, layout: TokenLayout, heads: int | None) -> None:
+def _check(
+    stage: Stage,
+    selection: Selection,
+    candidates: int,
+    promised: int | None,
+    heads: int | None = None,
+) -> None:
     """Hold a stage to the count it promised, before anything is cut."""
     shape = selection.index.shape
-    promised = _promised(stage, layout)
     if promised is not None and shape[-1] != promised:
         raise RecipeError(
-            f"{stage.name} promised to keep {promised} of {len(layout)} tokens and kept {shape[-1]}"
+            f"{stage.name} promised to keep {promised} of {candidates} tokens and kept {shape[-1]}"
         )
-    if (selection.index.ndim == 2 and shape[0] != heads) or not 0 < shape[-1] <= len(layout):
+    if (selection.index.ndim == 2 and shape[0] != heads) or not 0 < shape[-1] <= candidates:
         raise RecipeError(
-            f"{stage.name} at {stage.site} must keep 1 to {len(layout)} tokens, [K] or "
+            f"{stage.name} at {stage.site} must keep 1 to {candidates} tokens, [K] or "
             f"[{heads}, K] at a cache; got {tuple(shape)}"
         )
     if selection.merge is not None and not isinstance(stage.site, Input):

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenprune.errors import DecodeError, MediaError, MissingExtraError
+from tokenprune.errors import DecodeError, MediaError, MissingExtraError, first_line
 from tokenprune.media.decode.plan import has_open_gops
 from tokenprune.media.decode.pool import DecodedGroup
 from tokenprune.media.index.index import Ints, PacketIndex
@@ -81,7 +81,7 @@ class LibraryDecoder:
         try:
             self._open(index.info.path, workers)
         except Exception as error:
-            self._refuse(_first_line(error), error)
+            self._refuse(first_line(error), error)
         if self._count() != index.info.frame_count:
             self._refuse(f"it counts {self._count()} frames, not {index.info.frame_count}")
 
@@ -154,7 +154,7 @@ class LibraryDecoder:
         try:
             frames, seconds = self._fetch(ranks.tolist())
         except Exception as failure:
-            self._refuse(_first_line(failure), failure)
+            self._refuse(first_line(failure), failure)
         if tuple(frames.shape) != (len(ranks), 3, info.height, info.width):
             self._refuse(f"it gives frames {list(frames.shape)}")
         error = np.abs(seconds - info.start_seconds - self._index.seconds[ranks])
@@ -229,7 +229,7 @@ def _loaded(extra: str, load: Callable[[], Any]) -> Any:
     except Exception as error:  # whatever a broken library raises when it is loaded
         raise MissingExtraError(
             f'backend="{extra}" needs {extra}: pip install "tokenprune-mm[{extra}]"'
-            f" ({_first_line(error)})"
+            f" ({first_line(error)})"
         ) from error
 
 
@@ -241,8 +241,3 @@ def _scaled(frames: Tensor, size: tuple[int, int]) -> Tensor:
 
     scaled: Tensor = resize(frames, list(size), antialias=True)
     return scaled
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -12,10 +12,14 @@ import transformers
 
 from tokenprune.adapters._support import check_architecture
 from tokenprune.adapters.base import list_models
-from tokenprune.errors import MissingExtraError, TokenPruneError, UnsupportedModelError
+from tokenprune.errors import (
+    MissingExtraError,
+    TokenPruneError,
+    UnsupportedModelError,
+    first_line,
+)
 from tokenprune.models import built_in_models
 from tokenprune.models.loaded import LoadedModel
-from tokenprune.models.processors import first_line
 
 __all__ = ["DEFAULT_MODEL", "auto_class", "load_model", "load_outline"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.core.layout import MODALITIES
-from tokenprune.errors import MediaError
+from tokenprune.errors import MediaError, first_line
 from tokenprune.media import SizeRule
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "audio_from_video",
     "call_processor",
     "crop",
-    "first_line",
     "frame_size",
     "pad_audio",
     "placeholder_tokens",
@@ -53,12 +52,6 @@ def call_processor(processor: Any, **inputs: Any) -> Any:
             f"the model's processor refuses the file: {first_line(error)}; give another file, or "
             "choose another --model"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, as part of a message; its name if it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(".;") if lines else type(error).__name__
 
 
 def placeholder_tokens(processor: Any) -> dict[str, str]:
