@@ -40,6 +40,8 @@ def prune(
     model: nn.Module,
     *methods: Method | Recipe | str,
     positions: Literal["original", "compact"] = "original",
+    question: str | None = None,
+    frames: Sequence[Tensor] | None = None,
     frame_seconds: Sequence[Sequence[float] | Tensor] | None = None,
 ) -> Iterator[Report]:
     """Make `model` follow a recipe inside the `with` block; afterwards it is as before.
@@ -56,12 +58,17 @@ def prune(
         methods: Methods, recipes, or recipes as text, applied in this order.
         positions: "original" leaves every token its position in the unpruned sequence. "compact"
             numbers what is left of the input anew, for models with one-dimensional positions.
+        question: What is asked, for methods that compare it with frames: the chat template's words
+            around it tell them nothing.
+        frames: The pictures of each clip (of each image, if the prompt has no clips),
+            `[F, 3, H, W]` uint8, for methods that look at pictures and not at features.
         frame_seconds: When the frames of the prompt's clips are shown: for each clip (for each
             image, if the model takes frames as images) the times of the pictures that its
             processor was given. Layouts have them where the model is told no times as numbers,
             as with Qwen3-VL, GLM-4V and VideoLLaMA 3, to which they are words of the prompt;
-            without them the seconds of such tokens are nan. They are those of every prompt with
-            clips inside the block.
+            without them the seconds of such tokens are nan.
+
+    What is given holds for every prompt with media inside the block.
 
     Yields:
         The report, which fills as the model runs.
@@ -69,11 +76,16 @@ def prune(
     Raises:
         UnsupportedModelError: The model, or its cache, cannot be pruned.
         RecipeError: The recipe does not fit the model.
-        MediaError: `frame_seconds` holds no times, or does not fit the prompt.
+        MediaError: `frame_seconds` holds no times, `frames` no pictures, or they do not fit the
+            prompt.
     """
     recipe = Recipe(*methods)
     patch = Patch(model, recipe, positions)
-    given = Given(None if frame_seconds is None else _times(frame_seconds))
+    given = Given(
+        question=question,
+        frames=None if frames is None else _pictures(frames),
+        frame_seconds=None if frame_seconds is None else _times(frame_seconds),
+    )
     report = Report(str(recipe))
     with patch.run(report, given):
         yield report
@@ -165,3 +177,14 @@ def _times(clips: Sequence[Sequence[float] | Tensor]) -> list[Tensor]:
             f"got {reprlib.repr(clips)}"
         )
     return found
+
+
+def _pictures(clips: Sequence[Tensor]) -> list[Tensor]:
+    for one in clips:
+        shape = tuple(one.shape) if isinstance(one, Tensor) else None
+        if shape is None or len(shape) != 4 or shape[1] != 3 or one.dtype != torch.uint8:
+            what = type(one).__name__ if shape is None else f"{one.dtype} {list(shape)}"
+            raise MediaError(
+                f"frames must hold a uint8 tensor [F, 3, H, W] for each clip, got {what}"
+            )
+    return list(clips)

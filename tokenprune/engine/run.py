@@ -43,12 +43,16 @@ __all__ = ["Given", "Run"]
 
 @dataclass(frozen=True)
 class Given:
-    """What the caller knows and the model is not told.
+    """What the caller knows and the model is not told; None is what the caller does not tell.
 
     Attributes:
-        frame_seconds: For each clip `[F]` float64, when its frames are shown; None if not known.
+        question: What is asked, without the words of the chat template.
+        frames: For each clip (each image, if there are no clips) its pictures `[F, 3, H, W]` uint8.
+        frame_seconds: For each clip `[F]` float64, when its frames are shown.
     """
 
+    question: str | None = None
+    frames: list[Tensor] | None = None
     frame_seconds: list[Tensor] | None = None
 
 

@@ -231,7 +231,7 @@ class Watcher:
         mark = None if opening else Bookmark(watched.cache, margin=end_tokens)
         report = self._report
         calls = len(report.calls)
-        given = Given(self._loaded.frame_seconds(group))
+        given = Given(frame_seconds=self._loaded.frame_seconds(group))
         try:
             if end_tokens:
                 watched.cache.crop(-end_tokens)
