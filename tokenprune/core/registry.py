@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from tokenprune.errors import RecipeError
 
 if TYPE_CHECKING:
     from tokenprune.core.stage import Method
 
-__all__ = ["find_method", "list_methods", "register"]
+T = TypeVar("T", bound="Method")
+
+__all__ = ["find_method", "list_methods", "method", "register"]
 
 _METHODS: dict[str, type[Method]] = {}
 
@@ -19,9 +23,32 @@ _PACKAGE = "tokenprune.methods"
 """Where methods are looked for: by name, since nothing in `core` knows any of them."""
 
 
-def register(name: str, method: type[Method]) -> None:
+_NAME = re.compile(r"[a-z_][a-z0-9_]*")
+
+
+def method(name: str) -> Callable[[type[T]], type[T]]:
+    """Name a method, above its `@dataclass`: recipes know it by this name from then on.
+
+    Raises:
+        RecipeError: The name cannot be written in a recipe, or is taken by its grammar.
+    """
+    if not _NAME.fullmatch(name) or name == "none":
+        raise RecipeError(
+            f"a method's name must be a lower-case identifier other than none, got {name!r}; "
+            'write for example @method("fastv")'
+        )
+
+    def claim(cls: type[T]) -> type[T]:
+        cls.name = name
+        register(name, cls)
+        return cls
+
+    return claim
+
+
+def register(name: str, cls: type[Method]) -> None:
     """Make a method known by a name."""
-    _METHODS[name] = method
+    _METHODS[name] = cls
 
 
 def list_methods() -> dict[str, type[Method]]:
