@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -15,12 +13,31 @@ from tokenprune.adapters._support import check_architecture
 from tokenprune.adapters._wrapped import unwrapped
 from tokenprune.core.context import ModelShape
 from tokenprune.core.layout import Modality
+from tokenprune.core.registry import Registry
 from tokenprune.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Adapter", "Item", "MediaCall", "Tower", "adapter_for", "list_models"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Item",
+    "MediaCall",
+    "Tower",
+    "adapter_for",
+    "find_adapter",
+    "list_models",
+]
+
+ADAPTERS: Registry[Adapter] = Registry(
+    kind="model",
+    what="adapter for model_type",
+    package="tokenprune.adapters",
+    error=UnsupportedModelError,
+    unknown='Add adapters/<family>.py (see README, "Add a model")',
+    clash="uninstall or rename one",
+)
 
 
 @dataclass(eq=False)
@@ -132,12 +149,10 @@ class Adapter(ABC):
     seconds_name: ClassVar[str | None] = None
     """The model's argument for the seconds between frames; None if there is none."""
 
-    _registry: ClassVar[dict[str, type[Adapter]]] = {}
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for model_type in cls.__dict__.get("model_types", ()):
-            Adapter._registry[model_type] = cls
+            ADAPTERS.add(model_type, cls)
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -290,12 +305,21 @@ class Adapter(ABC):
 
 
 def list_models() -> dict[str, type[Adapter]]:
-    """All adapters by `config.model_type`."""
-    import tokenprune.adapters as package
+    """All adapters that can be used, by `config.model_type`: built-in, installed and registered.
 
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    return dict(sorted(Adapter._registry.items()))
+    Warns:
+        RuntimeWarning: For a model type that several serve, or whose package is broken.
+    """
+    return ADAPTERS.usable()
+
+
+def find_adapter(model_type: str) -> type[Adapter]:
+    """The adapter class of this `config.model_type`.
+
+    Raises:
+        UnsupportedModelError: There is none, several serve it, or its package is broken.
+    """
+    return ADAPTERS.find(model_type)
 
 
 def adapter_for(model: nn.Module) -> Adapter:
@@ -310,11 +334,5 @@ def adapter_for(model: nn.Module) -> Adapter:
     config = getattr(model, "config", None)
     if isinstance(config, PreTrainedConfig):
         check_architecture(config)
-    model_type = getattr(config, "model_type", None)
-    known = list_models()
-    if model_type not in known:
-        raise UnsupportedModelError(
-            f"no adapter for model_type {model_type!r}; known: {', '.join(known)}. "
-            'Add adapters/<family>.py (see README, "Add a model")'
-        )
-    return known[model_type](cast("PreTrainedModel", model))
+    adapter = find_adapter(getattr(config, "model_type", None))
+    return adapter(cast("PreTrainedModel", model))
