@@ -30,7 +30,7 @@ from tokenprune.models.prompts import check_question, write_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tokenprune.media import Video
+    from tokenprune.media import Clip
 
 __all__ = ["LoadedModel"]
 
@@ -161,8 +161,8 @@ class LoadedModel:
 
     # -- what the model sees
 
-    def frame_seconds(self, video: Video | None) -> list[Tensor] | None:
-        """When the frames of a video are shown, as `prune` takes it; None without a video."""
+    def frame_seconds(self, video: Clip | None) -> list[Tensor] | None:
+        """When the frames of a clip are shown, as `prune` takes it; None without a clip."""
         if video is None:
             return None
         seconds = video.pts_seconds

@@ -140,7 +140,7 @@ class Watcher:
                 watched.pictures_decoded = before.pictures_decoded + video.pictures_decoded
                 watched.bytes_read = before.bytes_read + video.bytes_read
                 seconds = offset / first_pace.source_fps + video.pts_seconds
-                group = FrameGroup.of(video.frames, indices, first_pace, video.timings, seconds)
+                group = FrameGroup(video.frames, seconds, indices, first_pace, video.timings)
                 self._prefill(watched, group)
 
     def watch_frames(self, frames: Tensor, fps: float | None) -> None:
@@ -215,7 +215,7 @@ class Watcher:
         pace = watched.script.pace
         step = pace.source_fps / pace.sampled_fps
         indices = watched.source_frames + (torch.arange(count) * step).round().long()
-        self._prefill(watched, FrameGroup.of(frames[:count], indices, pace))
+        self._prefill(watched, FrameGroup.at_pace(frames[:count], indices, pace))
         self._waiting = [frames[count:]] if len(frames) > count else []
         watched.source_frames += round(count * step)
 
