@@ -47,7 +47,7 @@ class MediaCall:
     Attributes:
         modality: What was encoded.
         arguments: The bound arguments of `get_image_features` and its kin.
-        maps: By the name of an encoder stage: one `[Nv]` float32 map a view, in encoding order.
+        maps: By the name of an encoder stage: one float32 map a view, in encoding order.
         items: What it encoded; filled in by `engine.layouts.lay_out`.
     """
 
@@ -123,6 +123,8 @@ class Item:
 @dataclass(frozen=True)
 class Tower:
     """The encoder of a modality, as methods that read its attention need it.
+
+    What attends to itself is a view: an image, a tile or a frame, a sound or a window of one.
 
     Attributes:
         block: The block whose output becomes the features; its attention is read.
@@ -278,7 +280,7 @@ class Adapter(ABC):
         return None
 
     def padding(self, call: MediaCall) -> Tensor | None:
-        """Padding patches inside views, which attention masks.
+        """Padding inside views, patches or states of sound, which attention masks.
 
         Returns:
             `[W, Nv]` bool for a tower that batches its views; None if there are none.
@@ -286,14 +288,15 @@ class Adapter(ABC):
         return None
 
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
-        """Pool and pack maps of views into one number a media token, as the model does features.
+        """Pool and pack maps of views into one entry a media token, as the model does features.
 
         Args:
             call: The encoder call, its `items` filled in.
-            maps: One `[Nv]` map a view.
+            maps: One a view, all alike: `[Nv]` numbers, or `[Nv, C]` with channels, each of which
+                is aligned as if it were alone.
 
         Returns:
-            For each of `call.items` a map `[N]` of its real tokens.
+            For each of `call.items` a map `[N]` or `[N, C]` of its real tokens.
         """
         raise UnsupportedModelError(
             f"{self.config.model_type} does not align encoder maps; use a method without them"
