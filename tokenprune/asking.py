@@ -155,8 +155,14 @@ def answer(
     processed = time.perf_counter()
     _check_placeholders(loaded, inputs)
     length = inputs["input_ids"].shape[1]
-    seen = loaded.frame_seconds(media.video)
-    with torch.inference_mode(), prune(loaded.model, recipe, frame_seconds=seen) as report:
+    pruned = prune(
+        loaded.model,
+        recipe,
+        question=question,
+        frames=loaded.frames_by_clip(media),
+        frame_seconds=loaded.frame_seconds(media.video),
+    )
+    with torch.inference_mode(), pruned as report:
         output = loaded.model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
         )

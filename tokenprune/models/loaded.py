@@ -168,6 +168,13 @@ class LoadedModel:
         seconds = video.pts_seconds
         return [seconds] if "video" in self.adapter.modalities else list(torch.split(seconds, 1))
 
+    def frames_by_clip(self, media: Media) -> list[Tensor] | None:
+        """The pictures of each clip or image, as `prune` takes them; None for sound alone."""
+        if not len(media.frames):
+            return None
+        clip = media.video is not None and "video" in self.adapter.modalities
+        return [media.frames] if clip else list(torch.split(media.frames, 1))
+
     def visible(self, media: Media) -> Tensor:
         """Cut off what the processor crops away, as an overlay needs the frames.
 

@@ -26,8 +26,7 @@ from tokenprune.report.seconds import Seconds
 from tokenprune.report.timeline import Timeline
 from tokenprune.session.checks import check_session, check_watches
 from tokenprune.session.file import check_identity, check_path, identity, read, write
-from tokenprune.session.question import answer_words, generate_from
-from tokenprune.session.script import Tokens
+from tokenprune.session.question import Question, answer_words, generate_from
 from tokenprune.session.summary import as_dict, as_text
 from tokenprune.session.turns import Turn, takes_a_turn
 from tokenprune.session.watched import Watched, WatchedGroup
@@ -221,14 +220,14 @@ class Session:
         """
         if max_new_tokens < 1:
             raise TokenPruneError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        watched, prompt = self._prompt(question)
+        asked = self._question(question)
         report = Report(str(self.recipe))
         report.calls.extend(self._report.calls)
         settings = {"do_sample": False, **settings}
         settings |= {"max_new_tokens": max_new_tokens, "streamer": streamer}
-        output = generate_from(watched, prompt, self._loaded, self._patch, report, settings)
+        output = generate_from(asked, self._loaded, self._patch, report, settings)
         return Answer(
-            answer=answer_words(output, prompt, self._loaded),
+            answer=answer_words(output, asked, self._loaded),
             media_tokens=self.media_tokens,
             seconds=Seconds.zero() + report.turn_seconds,
             kv_bytes=self.kv_bytes,
@@ -257,8 +256,8 @@ class Session:
         Raises:
             TokenPruneError: As `ask`; or a setting is the session's own.
         """
-        watched, prompt = self._prompt(question)
-        return generate_from(watched, prompt, self._loaded, self._patch, self._report, settings)
+        asked = self._question(question)
+        return generate_from(asked, self._loaded, self._patch, self._report, settings)
 
     def _watched(self, what: str) -> Watched:
         """What was watched, with all frames prefilled that waited."""
@@ -268,11 +267,10 @@ class Session:
             raise TokenPruneError(f"nothing was watched yet; call watch() before you {what}")
         return watched
 
-    def _prompt(self, question: str) -> tuple[Watched, Tokens]:
+    def _question(self, words: str) -> Question:
         self._check_open()
-        check_question(question)
-        watched = self._watched("ask")
-        return watched, watched.prompt.then(watched.script.suffix(question))
+        check_question(words)
+        return Question.about(self._watched("ask"), words)
 
     # -- files
 

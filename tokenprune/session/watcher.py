@@ -21,6 +21,7 @@ from tokenprune.errors import MediaError, UnsupportedModelError
 from tokenprune.media import stream_video
 from tokenprune.media.decode.pool import WorkerKind
 from tokenprune.models.loaded import LoadedModel
+from tokenprune.models.media import Media
 from tokenprune.models.processors import frame_size
 from tokenprune.report.change import Change
 from tokenprune.report.report import Report
@@ -231,7 +232,10 @@ class Watcher:
         mark = None if opening else Bookmark(watched.cache, margin=end_tokens)
         report = self._report
         calls = len(report.calls)
-        given = Given(frame_seconds=self._loaded.frame_seconds(group))
+        given = Given(
+            frames=self._loaded.frames_by_clip(Media(group.frames, video=group)),
+            frame_seconds=self._loaded.frame_seconds(group),
+        )
         try:
             if end_tokens:
                 watched.cache.crop(-end_tokens)
