@@ -337,5 +337,5 @@ def adapter_for(model: nn.Module) -> Adapter:
     config = getattr(model, "config", None)
     if isinstance(config, PreTrainedConfig):
         check_architecture(config)
-    adapter = find_adapter(getattr(config, "model_type", None))
-    return adapter(cast("PreTrainedModel", model))
+    model_type: Any = getattr(config, "model_type", None)  # None is told of as such
+    return find_adapter(model_type)(cast("PreTrainedModel", model))

@@ -104,7 +104,7 @@ def test_plugins_of_a_distribution_are_found(place: Site) -> None:
         Plugin("model", "Mine_VL", "mine.models", "mine 1.0"),
     ]
     assert list(map(str, find_plugins())) == ["mine:Mine (mine 1.0)", "mine.models (mine 1.0)"]
-    assert find_clashes(find_plugins()) == []
+    assert find_clashes({"method": ["random"]}, find_plugins()) == []
 
 
 def test_clashes_are_found_by_kind() -> None:
@@ -114,8 +114,9 @@ def test_clashes_are_found_by_kind() -> None:
         Plugin("model", "own", "mine", "mine 1.0"),
         Plugin("model", "own", "other.Own", ""),
     ]
+    own = {"method": ["random", "uniform"], "model": ["llava"]}
 
-    assert find_clashes(plugins) == [
+    assert find_clashes(own, plugins) == [
         Clash("method", "random", ("tokenprune", "mine (mine 1.0)")),
         Clash("model", "own", ("mine (mine 1.0)", "other.Own")),
     ]

@@ -7,7 +7,7 @@ that takes seconds.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,17 +113,17 @@ def find_plugins() -> list[Plugin]:
     return sorted(found, key=lambda one: (one.kind, one.name, one.package))
 
 
-def find_clashes(plugins: Iterable[Plugin]) -> list[Clash]:
-    """Names that several claim, the library itself among them, sorted by kind and name."""
-    claims = {(kind, name): ["tokenprune"] for kind, names in _own_names() for name in names}
+def find_clashes(own: Mapping[str, Iterable[str]], plugins: Iterable[Plugin]) -> list[Clash]:
+    """Names that several claim, sorted by kind and name.
+
+    Args:
+        own: The library's own names by kind.
+        plugins: What is added to them.
+    """
+    claims = {(kind, name): ["tokenprune"] for kind, names in own.items() for name in names}
     for one in plugins:
         claims.setdefault((one.kind, one.name), []).append(str(one))
     return [Clash(*key, tuple(found)) for key, found in sorted(claims.items()) if len(found) > 1]
-
-
-def _own_names() -> Iterator[tuple[str, Iterable[str]]]:
-    yield "method", method_summaries()
-    yield "model", model_types()
 
 
 def _folded(kind: str, name: str) -> str:

@@ -19,11 +19,11 @@ def list_all(context: typer.Context, as_json: Json = False) -> None:
     methods, models = method_summaries(), model_types()
     built_in = list(built_in_models())
     plugins = find_plugins() + (_added() if context.obj else [])
-    clashes = find_clashes(plugins)
+    clashes = find_clashes({"method": methods, "model": models}, plugins)
     if as_json:
+        added = {"plugins": list(map(asdict, plugins)), "clashes": list(map(asdict, clashes))}
         found = {"methods": methods, "models": models, "built_in": built_in}
-        found |= {"plugins": [asdict(one) for one in plugins]}
-        typer.echo(json.dumps(found | {"clashes": [asdict(one) for one in clashes]}))
+        typer.echo(json.dumps(found | added))
         return
     width = max(map(len, methods))
     lines = ["methods", *(f"  {name:<{width}}  {what}" for name, what in methods.items())]
