@@ -69,6 +69,7 @@ def test_the_method_to_add_works(monkeypatch: pytest.MonkeyPatch) -> None:
         "from tokenprune.core.layout import TokenLayout",
         "from torch import Tensor",
         "from tokenprune.core.budget import Budget, allocate",
+        "from tokenprune.core.registry import method",
         "from tokenprune.core.selection import Selection",
         "from tokenprune.core.context import CacheContext",
         "from tokenprune.core.site import Cache, Site",
