@@ -1,4 +1,4 @@
-"""Audio: items from the windows of a tower, seconds from mel frames, tokens from states."""
+"""Audio: items from the windows of a tower, seconds from mel frames, states of towers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ __all__ = [
     "audio_tower",
     "convolved",
     "even_audio",
-    "join_states",
     "padding_after",
 ]
 
@@ -40,12 +39,6 @@ def audio_tower(base: nn.Module) -> Tower:
 def convolved(mel_frames: Tensor) -> Tensor:
     """States of a tower: a convolution of stride two makes them of mel frames."""
     return (mel_frames - 1) // 2 + 1
-
-
-def join_states(states: Tensor, count: int) -> Tensor:
-    """The mean of each `count` neighbours, `[S, ...]` to `[S // count, ...]`."""
-    tokens = len(states) // count
-    return states[: tokens * count].reshape(tokens, count, *states.shape[1:]).mean(dim=1)
 
 
 def padding_after(lengths: Tensor, longest: int) -> Tensor | None:

@@ -12,9 +12,9 @@ from tokenprune.adapters._audio import (
     Windows,
     audio_tower,
     convolved,
-    join_states,
     padding_after,
 )
+from tokenprune.adapters._maps import join_neighbours
 from tokenprune.adapters.base import Adapter, Item, MediaCall, Tower
 from tokenprune.core.layout import Modality
 
@@ -46,7 +46,7 @@ class AudioFlamingo3(Adapter):
 
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
         windows = zip(maps, self._tokens(call), strict=True)
-        tokens = torch.cat([join_states(one, 2)[:count] for one, count in windows])
+        tokens = torch.cat([join_neighbours(one, 2)[:count] for one, count in windows])
         return list(torch.split(tokens, [len(item.real) for item in call.items]))
 
     def _tokens(self, call: MediaCall) -> list[int]:

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.adapters._audio import convolved, join_states
+from tokenprune.adapters._audio import convolved
+from tokenprune.adapters._maps import join_neighbours
 from tokenprune.adapters.base import Item, MediaCall, Tower
 from tokenprune.adapters.qwen2_5_vl import Qwen2_5VL
 from tokenprune.adapters.qwen2_audio import audio_items
@@ -40,7 +41,7 @@ class Qwen2_5Omni(Qwen2_5VL):
             return super().align(call, maps)
         # A token is two states of a sound, wherever its windows end.
         states = convolved(self._mel_frames(call)).tolist()
-        return [join_states(sound, 2) for sound in torch.split(torch.cat(maps), states)]
+        return [join_neighbours(sound, 2) for sound in torch.split(torch.cat(maps), states)]
 
     def _mel_frames(self, call: MediaCall) -> Tensor:
         """Of each sound of a call."""

@@ -11,9 +11,9 @@ from tokenprune.adapters._audio import (
     audio_tower,
     convolved,
     even_audio,
-    join_states,
     padding_after,
 )
+from tokenprune.adapters._maps import join_neighbours
 from tokenprune.adapters.base import Adapter, Item, MediaCall, Tower
 from tokenprune.core.layout import Modality
 from tokenprune.errors import UnsupportedModelError
@@ -80,7 +80,7 @@ class Qwen2Audio(Adapter):
 
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
         return [
-            join_states(one, 2)[: len(item.real)]
+            join_neighbours(one, 2)[: len(item.real)]
             for one, item in zip(maps, call.items, strict=True)
         ]
 

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.adapters._audio import MEL_SECONDS, Windows, audio_tower, join_states
+from tokenprune.adapters._audio import MEL_SECONDS, Windows, audio_tower
+from tokenprune.adapters._maps import join_neighbours
 from tokenprune.adapters.base import Adapter, Item, MediaCall, Tower
 from tokenprune.core.layout import Modality
 
@@ -38,7 +39,7 @@ class Voxtral(Adapter):
         return audio_tower(self.base_model)
 
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
-        tokens = join_states(torch.cat(maps), self._joined)
+        tokens = join_neighbours(torch.cat(maps), self._joined)
         return list(torch.split(tokens, [len(item.real) for item in call.items]))
 
     @property
