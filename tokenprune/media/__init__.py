@@ -9,6 +9,7 @@ from tokenprune._lazy import lazy_names
 if TYPE_CHECKING:
     from tokenprune.media.index.build import index_video, probe
     from tokenprune.media.index.index import PacketIndex, VideoInfo
+    from tokenprune.media.index.source import Rendering
     from tokenprune.media.message import read_message
     from tokenprune.media.read import read_video, stream_video
     from tokenprune.media.reader import VideoReader
@@ -23,6 +24,7 @@ __all__ = [
     "Clip",
     "PacketIndex",
     "PixelLimits",
+    "Rendering",
     "ShortestEdge",
     "SizeRule",
     "Timings",
@@ -45,6 +47,7 @@ _MODULES = {
     "Clip": "video",
     "PacketIndex": "index.index",
     "PixelLimits": "size",
+    "Rendering": "index.source",
     "ShortestEdge": "size",
     "SizeRule": "sampling",
     "Timings": "video",

@@ -13,7 +13,6 @@ from tokenprune.errors import DecodeError, MediaError, NoVideoStreamError
 
 __all__ = [
     "check_file",
-    "geometry",
     "is_hidden",
     "is_skippable",
     "open_media",
@@ -100,16 +99,6 @@ def packets_of(container: Any, stream: Any) -> Iterator[Any]:
 def is_hidden(stream: Any, packet: Any) -> bool:
     """Whether a packet is never shown: VP8 marks alternate reference frames in their data only."""
     return stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
-
-
-def geometry(stream: Any, frame: Any) -> tuple[int, int, int]:
-    """Displayed width and height, and rotation, from the first frame if one could be decoded."""
-    if frame is None:
-        return stream.codec_context.width, stream.codec_context.height, 0
-    rotation = round(frame.rotation / 90) % 4 * 90
-    if rotation in (90, 270):
-        return frame.height, frame.width, rotation
-    return frame.width, frame.height, rotation
 
 
 def is_skippable(stream: Any) -> bool:
