@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from tokenprune.media.index.build import index_video, probe
     from tokenprune.media.index.index import PacketIndex, VideoInfo
     from tokenprune.media.index.source import Rendering
+    from tokenprune.media.index.streams import StreamInfo
     from tokenprune.media.message import read_message
     from tokenprune.media.read import read_video, stream_video
     from tokenprune.media.reader import VideoReader
@@ -27,6 +28,7 @@ __all__ = [
     "Rendering",
     "ShortestEdge",
     "SizeRule",
+    "StreamInfo",
     "Timings",
     "Video",
     "VideoInfo",
@@ -50,6 +52,7 @@ _MODULES = {
     "Rendering": "index.source",
     "ShortestEdge": "size",
     "SizeRule": "sampling",
+    "StreamInfo": "index.streams",
     "Timings": "video",
     "Video": "video",
     "VideoInfo": "index.index",

@@ -147,6 +147,8 @@ class LibraryDecoder:
             return "the file is damaged, edited, or has times that do not tell frames apart"
         if not index.keyframe[0] or has_open_gops(index):
             return "frames shown before their keyframe are not known to come out right"
+        if sum(one.kind == "video" for one in info.streams) > 1:
+            return "of several video streams it might take another"
         if info.mirrored:
             return "its frames are stored mirrored, which it does not mend"
         return None

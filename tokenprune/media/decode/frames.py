@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tokenprune.media.decode.damage import CountingTracker, DamageTracker, DecodedFrame
 from tokenprune.media.decode.plan import has_open_gops
-from tokenprune.media.index.container import open_media, packets_of, video_stream
+from tokenprune.media.index.container import open_video, packets_of
 from tokenprune.media.index.h264 import slice_count
 from tokenprune.media.index.index import Ints, PacketIndex, VideoInfo
 
@@ -66,8 +66,8 @@ class PacketDecoder:
     def __init__(self, index: PacketIndex, threads: int) -> None:
         self._index = index
         self._stack = ExitStack()
-        container = self._stack.enter_context(open_media(index.info.path))
-        stream = video_stream(container)
+        opened = open_video(index.info.path, index.source)
+        container, stream = self._stack.enter_context(opened)
         if threads > 1 and not _frame_threads_report_damage(container, stream, index):
             threads = 1
         self._context = stream.codec_context

@@ -1,18 +1,20 @@
 """Building the packet index, from an MP4's sample table or by demuxing the whole file."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from tokenprune.errors import DecodeError
 from tokenprune.media.index.clock import clock_jumps, clock_resets, frame_seconds, is_timed
-from tokenprune.media.index.container import is_skippable, open_media, video_stream
+from tokenprune.media.index.container import is_skippable, open_video
 from tokenprune.media.index.geometry import geometry
 from tokenprune.media.index.index import NO_PTS, PacketIndex, VideoInfo
 from tokenprune.media.index.mp4 import sample_table
 from tokenprune.media.index.scan import Columns, PacketScan
 from tokenprune.media.index.source import References, Rendering, Source
+from tokenprune.media.index.streams import list_streams
 
 __all__ = ["index_video", "probe"]
 
@@ -50,8 +52,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
 
 
 def _index(path: str | os.PathLike[str], source: Source, *, scan: bool) -> PacketIndex:
-    with open_media(path) as container:
-        stream = video_stream(container)
+    with open_video(path, source) as (container, stream):
         table = None if scan else sample_table(container.name, stream)
         packets = PacketScan(stream)
         columns = packets.read_all(container) if table is None else packets.check(container, table)
@@ -96,6 +97,7 @@ def _build(
     duration = float(seconds[-1]) + (last if timed and last > 0 else step)
 
     sizes = geometry(stream, packets.first_frame, source.rendering.aspect)
+    number = list(container.streams.video).index(stream)
     info = VideoInfo(
         path=container.name,
         duration_seconds=duration,
@@ -112,6 +114,8 @@ def _build(
         stored_width=sizes.stored_width,
         stored_height=sizes.stored_height,
         pixel_aspect=sizes.pixel_aspect,
+        stream=number,
+        streams=list_streams(container),
     )
     return PacketIndex(
         info=info,
@@ -127,5 +131,5 @@ def _build(
         skippable=timed and is_skippable(stream),
         error=packets.error,
         scanned=scanned,
-        source=source,
+        source=replace(source, stream=number),
     )

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenprune.media.index.source import Source
+from tokenprune.media.index.streams import StreamInfo
 
 __all__ = ["NO_PTS", "Bools", "Ints", "PacketIndex", "VideoInfo"]
 
@@ -42,6 +43,8 @@ class VideoInfo:
         stored_width: pixels of a row as coded.
         stored_height: pixels of a column as coded.
         pixel_aspect: width of a coded pixel by its height.
+        stream: number of the stream that is read, among the file's video streams.
+        streams: all video and audio streams of the file.
     """
 
     path: str
@@ -59,6 +62,8 @@ class VideoInfo:
     stored_width: int = 0
     stored_height: int = 0
     pixel_aspect: float = 1.0
+    stream: int = 0
+    streams: tuple[StreamInfo, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
