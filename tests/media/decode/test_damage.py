@@ -320,7 +320,7 @@ def test_file_that_changes_while_read_fails(clip, tmp_path, monkeypatch):
     path.write_bytes(clip("h264_no_bframes").path.read_bytes())
     index = index_video(path, scan=True)
     path.write_bytes(clip("h264_bframes").path.read_bytes())
-    monkeypatch.setattr("tokenprune.media.reader.index_video", lambda path, scan: index)
+    monkeypatch.setattr("tokenprune.media.reader.index_video", lambda path, **_: index)
 
     with pytest.raises(DecodeError, match=re.escape("swapped.mp4' changed since it was opened")):
         read_video(path, frames=8)

@@ -16,6 +16,7 @@ from torch import Tensor
 from tokenprune.errors import DecodeError, MediaError
 from tokenprune.media.index.container import open_media, packets_of
 from tokenprune.media.index.streams import audio_stream
+from tokenprune.media.sound.downmix import mix_to_mono
 
 __all__ = ["Samples", "read_audio"]
 
@@ -37,7 +38,10 @@ def read_audio(
     start: float | None = None,
     end: float | None = None,
 ) -> Tensor:
-    """Decode an audio track to one channel, the mean of all, at the rate asked for.
+    """Decode an audio track to one channel at the rate asked for.
+
+    Stereo is averaged. More channels are mixed by ITU-R BS.775, scaled so that the sum stays
+    within full scale: the centre, where speech is, counts most, and deep bass (LFE) is left out.
 
     Where a packet is lost or cannot be decoded, or the track pauses, silence takes its place, so
     that all else stays in time to a tenth of a second; and what overlaps is cut. A leap of more
@@ -122,7 +126,7 @@ def _cut(parts: Iterator[Samples], lead: int, begin: int, stop: int | None) -> t
 
 
 def _resample(frames: Iterator[Any], sampling_rate: int) -> Iterator[Samples]:
-    """Resample frames, and mix them to one channel: the mean never exceeds full scale."""
+    """Resample frames, and mix them to one channel, which never exceeds full scale."""
     kind = resampler = due = None  # due: the PTS in seconds that the next frame should have
     excess = 0  # samples that are there twice
     ahead = _Lookahead(frames)
@@ -140,7 +144,8 @@ def _resample(frames: Iterator[Any], sampling_rate: int) -> Iterator[Samples]:
         if kind != (frame.layout.name, frame.format.name, frame.sample_rate):  # may change midway
             yield from _mono(resampler, None)
             kind = (frame.layout.name, frame.format.name, frame.sample_rate)
-            resampler = av.AudioResampler(format="fltp", rate=sampling_rate)
+            # Packed: PyAV cannot make an array of eight planes or more.
+            resampler = av.AudioResampler(format="flt", rate=sampling_rate)
         due = None if due is None else due + frame.samples / frame.sample_rate
         for part in _mono(resampler, frame):
             yield part[excess:]
@@ -205,7 +210,11 @@ def _mono(resampler: Any, frame: Any) -> list[Samples]:
     """Resample a frame and mix it to one channel; None flushes what the resampler holds."""
     if resampler is None:
         return []
-    return [part.to_ndarray().mean(axis=0) for part in resampler.resample(frame)]
+    mixed = []
+    for part in resampler.resample(frame):
+        names = [channel.name for channel in part.layout.channels]
+        mixed.append(mix_to_mono(part.to_ndarray().reshape(-1, len(names)).T, names))
+    return mixed
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
