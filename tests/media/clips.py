@@ -140,9 +140,12 @@ def x264(text: str) -> dict[str, str]:
     return {"preset": "veryfast", "x264-params": f"threads=1:{text}"}
 
 
-def decode_sequentially(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+def decode_sequentially(
+    path: Path, size: tuple[int, int] | None = None, *, deinterlace: bool = False
+) -> NDArray[np.uint8]:
     """Every frame `[N, 3, H, W]` by the plainest loop: one thread, from the first packet on."""
     pictures = []
+    graph = None
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
@@ -151,6 +154,9 @@ def decode_sequentially(path: Path, size: tuple[int, int] | None = None) -> NDAr
                 frames = packet.decode()
             except av.error.FFmpegError:
                 continue
+            if deinterlace:
+                graph = graph or _deinterlacer(stream)
+                frames = _through(graph, [*frames] if packet.size else [*frames, None])
             for frame in frames:
                 height, width = size or (frame.height, frame.width)
                 planar = frame.reformat(
@@ -162,6 +168,30 @@ def decode_sequentially(path: Path, size: tuple[int, int] | None = None) -> NDAr
                 green, blue, red = (plane[:height, :width] for plane in planes)
                 pictures.append(np.stack([red, green, blue]))
     return np.stack(pictures)
+
+
+def _deinterlacer(stream: object) -> av.filter.Graph:
+    graph = av.filter.Graph()
+    nodes = [
+        graph.add_buffer(template=stream, time_base=Fraction(1, 1000)),
+        graph.add("bwdif", "send_frame:auto:interlaced"),
+        graph.add("buffersink"),
+    ]
+    graph.link_nodes(*nodes).configure()
+    return graph
+
+
+def _through(graph: av.filter.Graph, frames: Sequence[object]) -> list[av.VideoFrame]:
+    """What comes out of a filter now; None ends it."""
+    found = []
+    for frame in frames:
+        graph.vpush(frame)
+        try:
+            while True:
+                found.append(graph.vpull())
+        except (av.error.BlockingIOError, av.error.EOFError):
+            pass
+    return found
 
 
 def make(name: str, folder: Path) -> Clip:

@@ -27,7 +27,8 @@ def truth(clip: Callable[[str], clips.Clip]) -> Callable[[str], NDArray[np.uint8
 
     @cache
     def decode(name: str) -> NDArray[np.uint8]:
-        frames = clips.decode_sequentially(clip(name).path)
+        flagged = name == "h264_interlaced"
+        frames = clips.decode_sequentially(clip(name).path, deinterlace=flagged)
         return np.rot90(frames, -1, (2, 3)) if name == "h264_rotated" else frames
 
     return decode

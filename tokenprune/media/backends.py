@@ -149,6 +149,8 @@ class LibraryDecoder:
             return "frames shown before their keyframe are not known to come out right"
         if sum(one.kind == "video" for one in info.streams) > 1:
             return "of several video streams it might take another"
+        if index.deinterlaces:
+            return "its frames are interlaced, and would stay so"
         if info.mirrored:
             return "its frames are stored mirrored, which it does not mend"
         return None

@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 
 from tokenprune.media.index.index import Ints, PacketIndex
 
-__all__ = ["DecodeUnit", "decode_starts", "earlier_start", "has_open_gops", "plan_units"]
+__all__ = [
+    "DecodeUnit",
+    "decode_starts",
+    "earlier_start",
+    "has_open_gops",
+    "neighbours",
+    "plan_units",
+]
 
 MOST_REORDERED = 64  # frames: how far a packet may lie behind its rank, where these are counted
 
@@ -51,6 +58,10 @@ def plan_units(index: PacketIndex, ranks: Ints, workers: int = 1) -> list[Decode
         return [DecodeUnit(0, last, 0, ranks, int(index.size[: last + 1].sum()))]
     packets = index.order[ranks]  # [F]
     starts = decode_starts(index, packets)  # [F]
+    if index.deinterlaces:
+        for beside in neighbours(index, packets):
+            starts = np.minimum(starts, decode_starts(index, beside))
+            packets = np.maximum(packets, beside)
     cost = _cost(index)  # [P + 1]
     longest = float(cost[-1]) if workers == 1 else _wanted(cost, starts, packets) / (4 * workers)
     units = []
@@ -68,6 +79,20 @@ def plan_units(index: PacketIndex, ranks: Ints, workers: int = 1) -> list[Decode
         units.append(DecodeUnit(first, last, row, ranks[row:end], size))
         row = end
     return units
+
+
+def neighbours(index: PacketIndex, packets: Ints) -> tuple[Ints, Ints]:
+    """The packets `[F]` of the frames shown before and after those of `packets` `[F]`.
+
+    At the ends, and at a discontinuity, a frame takes the place of its own neighbour.
+    """
+
+    def beside(step: int) -> Ints:
+        place = (index.place[packets] + step).clip(0, len(index.place) - 1)
+        found = index.by_place[place]
+        return np.where(index.epoch[found] == index.epoch[packets], found, packets)
+
+    return beside(-1), beside(1)
 
 
 def _cost(index: PacketIndex) -> NDArray[np.float64]:

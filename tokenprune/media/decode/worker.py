@@ -8,9 +8,10 @@ import numpy as np
 
 from tokenprune.errors import DecodeError
 from tokenprune.media.decode.damage import DecodedFrame
+from tokenprune.media.decode.deinterlace import InterlacedFrames, deinterlaced
 from tokenprune.media.decode.demux import PacketReader
 from tokenprune.media.decode.frames import PacketDecoder, Resizer, Substitute, fill
-from tokenprune.media.decode.plan import DecodeUnit, earlier_start
+from tokenprune.media.decode.plan import DecodeUnit, earlier_start, neighbours
 from tokenprune.media.decode.rows import RowSink
 from tokenprune.media.index.index import Ints, PacketIndex
 
@@ -61,6 +62,7 @@ class UnitDecoder:
     ) -> None:
         self._index, self._rows, self._counters = index, rows, counters
         self._resize = Resizer(size, index.info)
+        self._expects_progressive = index.source.rendering.deinterlace and not index.deinterlaces
         self._reader = PacketReader(index, self._at_packet)
         self._decoder = PacketDecoder(index, threads)
         self._retry_decoder: PacketDecoder | None = None
@@ -164,11 +166,22 @@ class UnitDecoder:
         wanted = self._index.order[ranks]
         places = self._index.place[wanted] if self._index.timed else ranks
         packets = self._reader.packets(first, last)
-        self._decoded = _LatestIntact(decoder.decode(packets, wanted, skip_nonref=skip_nonref))
+        beside = neighbours(self._index, wanted) if self._index.deinterlaces else ()
+        decoded = decoder.decode(
+            packets, np.concatenate([wanted, *beside]), skip_nonref=skip_nonref
+        )
+        if beside:
+            # Another frame may stand for a wanted one: then each must be fit to be shown.
+            needed = None if substitute else [places, *(self._index.place[one] for one in beside)]
+            shown = None if needed is None else frozenset(np.concatenate(needed).tolist())
+            decoded = deinterlaced(decoded, self._index, shown)
+        self._decoded = _LatestIntact(decoded)
         due = 0
 
         def write(row: int, frame: Any, is_substitute: bool) -> bool:
             nonlocal due
+            if frame.interlaced_frame and self._expects_progressive:
+                raise InterlacedFrames(f"{self._index.info.path!r} has interlaced frames")
             # Behind a gap there is no waiting: the row awaited may be the one that is missing.
             is_next = row == rows[due]
             pixels = self._rows.offer(row, waits=is_next)

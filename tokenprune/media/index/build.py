@@ -116,6 +116,7 @@ def _build(
         pixel_aspect=sizes.pixel_aspect,
         stream=number,
         streams=list_streams(container),
+        interlaced=packets.first_frame is not None and bool(packets.first_frame.interlaced_frame),
     )
     return PacketIndex(
         info=info,

@@ -45,6 +45,7 @@ class VideoInfo:
         pixel_aspect: width of a coded pixel by its height.
         stream: number of the stream that is read, among the file's video streams.
         streams: all video and audio streams of the file.
+        interlaced: whether frames are flagged as interlaced.
     """
 
     path: str
@@ -64,6 +65,7 @@ class VideoInfo:
     pixel_aspect: float = 1.0
     stream: int = 0
     streams: tuple[StreamInfo, ...] = ()
+    interlaced: bool = False
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -116,6 +118,16 @@ class PacketIndex:
         """`[G]` first packets of the GOPs: the keyframes, and the first packet of all."""
         starts = np.flatnonzero(self.keyframe)
         return starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])
+
+    @cached_property
+    def by_place(self) -> Ints:
+        """`[P]` place to packet."""
+        return np.argsort(self.place)
+
+    @property
+    def deinterlaces(self) -> bool:
+        """Whether its frames are to be deinterlaced."""
+        return self.info.interlaced and self.source.rendering.deinterlace
 
     @property
     def seekable(self) -> bool:

@@ -18,12 +18,15 @@ class Rendering:
 
     Attributes:
         aspect: "displayed" widens frames whose pixels are not square; "stored" leaves them.
+        deinterlace: whether frames that are flagged as interlaced, which hold the lines of two
+            moments, are made to show one; their number and ranks stay.
 
     Raises:
         MediaError: an aspect that there is not.
     """
 
     aspect: Aspect = "displayed"
+    deinterlace: bool = True
 
     def __post_init__(self) -> None:
         if self.aspect not in get_args(Aspect):
