@@ -14,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from tokenprune.adapters.base import MediaCall, Tower
 from tokenprune.core.layout import Modality
+from tokenprune.core.signal import EncoderSignal
 from tokenprune.engine.hooks import add_hook, switch_attention
 from tokenprune.engine.masks import base_attention
 from tokenprune.engine.schedule import Schedule
@@ -32,13 +33,13 @@ class EncoderCalls:
     """The encoder calls of the prompt at hand.
 
     Args:
-        schedule: Whose encoder stages read the towers.
+        schedule: Whose signals are read from the towers.
         report: Is told how long encoders took.
     """
 
     def __init__(self, schedule: Schedule, report: Report) -> None:
         self._adapter = schedule.adapter
-        self._stages = schedule.encoder
+        self._signals = schedule.encoder
         self._report = report
         self._calls: list[MediaCall] = []
         self._ahead: list[MediaCall] = []  # encoded before the base model was called
@@ -187,7 +188,7 @@ class EncoderCalls:
 
     @torch.no_grad()
     def _score_views(self, padding: Tensor | None = None) -> None:
-        """Let the encoder stages make their maps of the views that were read.
+        """Compute the encoder signals of the views that were read.
 
         Args:
             padding: As `Adapter.padding` gives it.
@@ -200,12 +201,14 @@ class EncoderCalls:
             query, key = (torch.cat(parts) for parts in zip(*self._views, strict=True))
         self._views.clear()
         tower, scaling = self._tower
-        view = StreamedView(query, key, scaling, tower.prefix_tokens, padding)
-        for stage in self._stages:
-            if call.modality in stage.modalities:
-                maps = call.maps.setdefault(stage.name, [])
-                grey = functools.partial(self._grey, call, len(maps), view.views)
-                maps.extend(stage.importance(view, grey).unbind())
+        call.view_tokens.extend([query.shape[2] - tower.prefix_tokens] * len(query))
+        for signal, modalities in self._signals.items():
+            if call.modality not in modalities:
+                continue
+            maps = call.maps.setdefault(signal, [])
+            grey = functools.partial(self._grey, call, len(maps), len(query))
+            view = StreamedView(query, key, scaling, tower.prefix_tokens, padding, grey)
+            maps.extend(_checked(signal, signal.of(view), view).unbind())
 
     def _grey(self, call: MediaCall, first: int, views: int) -> Tensor:
         """The pixels below each token of some views, `[W, Nv, pixels]`."""
@@ -219,3 +222,15 @@ class EncoderCalls:
                 )
             self._patches = call, patches
         return torch.stack(self._patches[1][first : first + views])
+
+
+def _checked(signal: EncoderSignal, found: Tensor, view: StreamedView) -> Tensor:
+    """What a signal made of some views, if it has the shape that it must have."""
+    of_tokens = found.shape[:2] == (view.views, view.tokens) and found.ndim in (2, 3)
+    if of_tokens if signal.per == "token" else found.ndim == 2 and len(found) == view.views:
+        return found
+    rule = "[W, Nv] or [W, Nv, C]" if signal.per == "token" else "[W, C]"
+    raise RecipeError(
+        f"{signal} must give {rule} of {view.views} views of {view.tokens} tokens, got "
+        f"{list(found.shape)}"
+    )

@@ -34,6 +34,7 @@ class StreamedView(EncoderView):
         prefix_tokens: `P`.
         padding: `[W, Nv]` bool, True at patches that no other attends to; they attend to nothing
             that counts. None: there are none.
+        grey: Gives the pixels below each token, `[W, Nv, pixels]`.
     """
 
     def __init__(
@@ -43,8 +44,11 @@ class StreamedView(EncoderView):
         scaling: float | None,
         prefix_tokens: int = 0,
         padding: Tensor | None = None,
+        grey: Callable[[], Tensor] | None = None,
     ) -> None:
         self._query = query[:, :, prefix_tokens:]
+        self._prefix_query = query[:, :, :prefix_tokens]
+        self._grey = grey
         self._key = key
         self._scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         self._prefix = prefix_tokens
@@ -70,6 +74,33 @@ class StreamedView(EncoderView):
                 for views in self._groups(queries.shape[1])
             ]
         )
+
+    def class_row(self) -> Tensor:
+        query = self._prefix_query[:, :, : self._check_class()]
+        return torch.cat(
+            [
+                attention[:, 0]
+                for views in self._groups(1)
+                for attention in self._blocks(query[views], views)
+            ]
+        )
+
+    def keys(self) -> Tensor:
+        return self._key[:, :, self._prefix :].float().mean(dim=1)
+
+    def class_key(self) -> Tensor:
+        return self._key[:, :, self._check_class() - 1].float().mean(dim=1)
+
+    def grey(self) -> Tensor:
+        if self._grey is None:
+            raise TypeError("this view was made without pixels")
+        return self._grey()
+
+    def _check_class(self) -> int:
+        """1, the end of the first token, if it is a class token."""
+        if not self._prefix:
+            raise TypeError("a signal that reads the class token must say so: class_token = True")
+        return 1
 
     def _groups(self, rows: int) -> Iterator[slice]:
         """Views that are worked on at once: as many as fit into a block with all their rows."""

@@ -15,8 +15,8 @@ from torchvision.transforms.v2 import functional
 
 from tokenprune.engine.cache import CACHE_NAME, cache_bytes, full_cache_bytes
 from tokenprune.engine.patch import Patch
+from tokenprune.engine.prompt import Given
 from tokenprune.engine.rollback import Bookmark
-from tokenprune.engine.run import Given
 from tokenprune.errors import MediaError, UnsupportedModelError
 from tokenprune.media import stream_video
 from tokenprune.media.decode.pool import WorkerKind
