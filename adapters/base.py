@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -15,13 +13,32 @@ from tokenprune.adapters._support import check_architecture
 from tokenprune.adapters._wrapped import unwrapped
 from tokenprune.core.context import ModelShape
 from tokenprune.core.layout import Modality
+from tokenprune.core.registry import Registry
 from tokenprune.core.signal import EncoderSignal
 from tokenprune.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Adapter", "Item", "MediaCall", "Tower", "adapter_for", "list_models"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Item",
+    "MediaCall",
+    "Tower",
+    "adapter_for",
+    "find_adapter",
+    "list_models",
+]
+
+ADAPTERS: Registry[Adapter] = Registry(
+    kind="model",
+    what="adapter for model_type",
+    package="tokenprune.adapters",
+    error=UnsupportedModelError,
+    unknown='Add adapters/<family>.py (see README, "Add a model")',
+    clash="uninstall or rename one",
+)
 
 
 @dataclass(eq=False)
@@ -110,6 +127,8 @@ class Item:
 class Tower:
     """The encoder of a modality, as methods that read its attention need it.
 
+    What attends to itself is a view: an image, a tile or a frame, a sound or a window of one.
+
     Attributes:
         block: The block whose output becomes the features; its attention is read.
         prefix_tokens: Leading tokens of each view that are no patches (a class token).
@@ -135,12 +154,10 @@ class Adapter(ABC):
     seconds_name: ClassVar[str | None] = None
     """The model's argument for the seconds between frames; None if there is none."""
 
-    _registry: ClassVar[dict[str, type[Adapter]]] = {}
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for model_type in cls.__dict__.get("model_types", ()):
-            Adapter._registry[model_type] = cls
+            ADAPTERS.add(model_type, cls)
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -266,7 +283,7 @@ class Adapter(ABC):
         return None
 
     def padding(self, call: MediaCall) -> Tensor | None:
-        """Padding patches inside views, which attention masks.
+        """Padding inside views, patches or states of sound, which attention masks.
 
         Returns:
             `[W, Nv]` bool for a tower that batches its views; None if there are none.
@@ -274,14 +291,15 @@ class Adapter(ABC):
         return None
 
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
-        """Pool and pack maps of views into one number a media token, as the model does features.
+        """Pool and pack maps of views into one entry a media token, as the model does features.
 
         Args:
             call: The encoder call, its `items` filled in.
-            maps: One `[Nv]` map a view.
+            maps: One a view, all alike: `[Nv]` numbers, or `[Nv, C]` with channels, each of which
+                is aligned as if it were alone.
 
         Returns:
-            For each of `call.items` a map `[N]` of its real tokens.
+            For each of `call.items` a map `[N]` or `[N, C]` of its real tokens.
         """
         raise UnsupportedModelError(
             f"{self.config.model_type} does not align encoder maps; use a method without them"
@@ -293,12 +311,21 @@ class Adapter(ABC):
 
 
 def list_models() -> dict[str, type[Adapter]]:
-    """All adapters by `config.model_type`."""
-    import tokenprune.adapters as package
+    """All adapters that can be used, by `config.model_type`: built-in, installed and registered.
 
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    return dict(sorted(Adapter._registry.items()))
+    Warns:
+        RuntimeWarning: For a model type that several serve, or whose package is broken.
+    """
+    return ADAPTERS.usable()
+
+
+def find_adapter(model_type: str) -> type[Adapter]:
+    """The adapter class of this `config.model_type`.
+
+    Raises:
+        UnsupportedModelError: There is none, several serve it, or its package is broken.
+    """
+    return ADAPTERS.find(model_type)
 
 
 def adapter_for(model: nn.Module) -> Adapter:
@@ -313,11 +340,5 @@ def adapter_for(model: nn.Module) -> Adapter:
     config = getattr(model, "config", None)
     if isinstance(config, PreTrainedConfig):
         check_architecture(config)
-    model_type = getattr(config, "model_type", None)
-    known = list_models()
-    if model_type not in known:
-        raise UnsupportedModelError(
-            f"no adapter for model_type {model_type!r}; known: {', '.join(known)}. "
-            'Add adapters/<family>.py (see README, "Add a model")'
-        )
-    return known[model_type](cast("PreTrainedModel", model))
+    model_type: Any = getattr(config, "model_type", None)  # None is told of as such
+    return find_adapter(model_type)(cast("PreTrainedModel", model))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tokenprune.adapters._maps import pool_grid
 from tokenprune.adapters.base import Item, MediaCall, Tower
 from tokenprune.adapters.llava import Llava
 from tokenprune.core.layout import Modality
@@ -33,9 +34,9 @@ class Gemma3(Llava):
         return None if block is None else Tower(block)
 
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
-        views = torch.stack(maps).reshape(-1, self.side, self.side)
-        pooled = functional.avg_pool2d(views, self.side // self._tokens_a_side())
-        return list(pooled.flatten(1))
+        stride = self.side // self._tokens_a_side()
+        grid = self.side, self.side
+        return list(pool_grid(torch.stack(maps), grid, lambda x: functional.avg_pool2d(x, stride)))
 
     def _tokens_a_side(self) -> int:
         return int(self.config.mm_tokens_per_image**0.5)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tokenprune.adapters._maps import pool_grid
 from tokenprune.adapters._pixels import HALF, Normalisation, patches
 from tokenprune.adapters.base import Adapter, Item, MediaCall, Tower
 from tokenprune.core.layout import Modality
@@ -46,9 +47,11 @@ class Idefics3(Adapter):
                 "to squares, as it does by itself, or use a method without maps"
             )
         side = int(len(maps[0]) ** 0.5)
-        views = torch.stack(maps).reshape(-1, side, side)
-        pooled = functional.avg_pool2d(views, self.config.scale_factor)
-        return list(torch.split(pooled.flatten(), [len(item.row) for item in call.items]))
+        scale = self.config.scale_factor
+        pooled = pool_grid(
+            torch.stack(maps), (side, side), lambda x: functional.avg_pool2d(x, scale)
+        )
+        return list(torch.split(pooled.flatten(0, 1), [len(item.row) for item in call.items]))
 
     def grey(self, call: MediaCall) -> list[Tensor] | None:
         side = self.config.vision_config.patch_size

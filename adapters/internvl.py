@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tokenprune.adapters._maps import pool_grid
 from tokenprune.adapters._pixels import IMAGENET, Normalisation, patches
 from tokenprune.adapters.base import Adapter, Item, MediaCall, Tower
 from tokenprune.core.layout import Modality
@@ -47,8 +48,10 @@ class InternVL(Adapter):
 
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
         side = self._side(call) * self._shuffled
-        pooled = functional.avg_pool2d(torch.stack(maps).reshape(-1, side, side), self._shuffled)
-        return list(torch.split(pooled.flatten(), [len(item.row) for item in call.items]))
+        pooled = pool_grid(
+            torch.stack(maps), (side, side), lambda x: functional.avg_pool2d(x, self._shuffled)
+        )
+        return list(torch.split(pooled.flatten(0, 1), [len(item.row) for item in call.items]))
 
     def grey(self, call: MediaCall) -> list[Tensor] | None:
         return list(self.normalisation.grey(patches(call.arguments["pixel_values"], self._patch)))

@@ -51,19 +51,20 @@ class LlavaNext(Llava):
         return tiles
 
     def _pack(self, call: MediaCall, features: list[Tensor], newline: float) -> list[Tensor]:
-        """Send a number for each patch, `[tiles, Nv]` an image, the way the model sends features.
+        """Send an entry for each patch, `[tiles, Nv, ...]` an image, as the model sends features.
 
         Returns:
-            For each image a number for each of its placeholders, newlines included.
+            For each image an entry for each of its placeholders, newlines included.
         """
         base: Any = self.base_model
+        channels = features[0].shape[2:]
         packed, _ = base.pack_image_features(
-            [feature[..., None] for feature in features],
+            [feature.reshape(*feature.shape[:2], channels.numel()) for feature in features],
             call.arguments["image_sizes"],
-            image_newline=torch.tensor([newline]),
+            image_newline=torch.full((channels.numel(),), newline),
             **self._packing(call),
         )
-        return [one[:, 0] for one in packed]
+        return [one.reshape(-1, *channels) for one in packed]
 
     def _packing(self, call: MediaCall) -> dict[str, Any]:
         """Further arguments of the model's packing."""

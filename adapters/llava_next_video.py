@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tokenprune.adapters._maps import pool_grid
 from tokenprune.adapters.base import Item, MediaCall
 from tokenprune.adapters.llava_next import LlavaNext
 from tokenprune.core.layout import Modality
@@ -32,7 +33,7 @@ class LlavaNextVideo(LlavaNext):
         if call.modality == "image":
             return super().align(call, maps)
         pooled = self._pool(torch.stack(maps))  # [clips * frames, tokens]
-        return list(pooled.reshape(len(self._clips(call)), -1))
+        return list(pooled.reshape(len(self._clips(call)), -1, *pooled.shape[2:]))
 
     def _pictures(self, call: MediaCall) -> Tensor:
         if call.modality == "image":
@@ -51,9 +52,9 @@ class LlavaNextVideo(LlavaNext):
         return self.side // int(self.config.spatial_pool_stride)
 
     def _pool(self, maps: Tensor) -> Tensor:
-        """Pool maps of frames `[F, Nv]` as the model pools their features."""
+        """Pool maps of frames `[F, Nv, ...]` as the model pools their features."""
         stride = self.config.spatial_pool_stride
         # A learned pooling has no counterpart for maps: its weights are for features.
         largest = self.config.spatial_pool_mode == "max"
         pool = functional.max_pool2d if largest else functional.avg_pool2d
-        return pool(maps.reshape(-1, self.side, self.side), stride).flatten(1)
+        return pool_grid(maps, (self.side, self.side), lambda x: pool(x, stride))

@@ -45,5 +45,5 @@ class LlavaOnevision(LlavaNextVideo):
 
     def _pool(self, maps: Tensor) -> Tensor:
         base: Any = self.base_model
-        pooled: Tensor = base.apply_pooling(maps[..., None])
-        return pooled[..., 0]
+        pooled: Tensor = base.apply_pooling(maps.flatten(2) if maps.ndim > 2 else maps[..., None])
+        return pooled.reshape(*pooled.shape[:2], *maps.shape[2:])

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional
 
+from tokenprune.adapters._maps import pool_grid
 from tokenprune.adapters.base import Item, MediaCall
 from tokenprune.adapters.llava import Llava
 from tokenprune.core.layout import Modality
@@ -30,6 +31,6 @@ class Mistral3(Llava):
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
         merge = self.config.spatial_merge_size
         return [
-            functional.avg_pool2d(one.reshape(1, *grid), merge).flatten()
+            pool_grid(one[None], grid, lambda x: functional.avg_pool2d(x, merge))[0]
             for one, grid in zip(maps, self._grids(call), strict=True)
         ]

@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers import CLIPVisionConfig
 
 from tokenprune.adapters._longva_processor import LongVAImageProcessor, LongVAProcessor
+from tokenprune.adapters._maps import pool_grid
 from tokenprune.adapters._pixels import CLIP, HALF, Normalisation, patches
 from tokenprune.adapters.base import Adapter, Item, MediaCall, Tower
 from tokenprune.core.indices import runs
@@ -71,10 +72,11 @@ class PerceptionLM(Adapter):
 
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
         side = self._side(call)
-        pooled = functional.adaptive_avg_pool2d(
-            torch.stack(maps).reshape(-1, side, side), side // self._pooled
+        tokens = side // self._pooled
+        pooled = pool_grid(
+            torch.stack(maps), (side, side), lambda x: functional.adaptive_avg_pool2d(x, tokens)
         )
-        return list(torch.split(pooled.flatten(), [len(item.row) for item in call.items]))
+        return list(torch.split(pooled.flatten(0, 1), [len(item.row) for item in call.items]))
 
     def grey(self, call: MediaCall) -> list[Tensor] | None:
         pictures = call.arguments["pixel_values"].flatten(0, 1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenprune.adapters._audio import MEL_SECONDS, even_audio
+from tokenprune.adapters._maps import pool_grid
 from tokenprune.adapters._pixels import HALF, Normalisation, patches
 from tokenprune.adapters.base import Adapter, Item, MediaCall, Tower
 from tokenprune.core.layout import Modality
@@ -86,13 +87,9 @@ class Phi4Multimodal(Adapter):
         return None if mask is None else ~mask.bool().flatten(0, 1).flatten(1)
 
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
-        side = self._patches()
-        grid = torch.stack(maps).reshape(-1, 1, side, side)
-        if side % 2:
-            grid = functional.pad(grid, (0, 1, 0, 1), mode="reflect")
-        views = functional.avg_pool2d(grid, 2)[:, 0]  # [W, side, side]
-        tiling = self._tiles(call)
-        images = views.reshape(len(tiling), -1, *views.shape[1:])
+        count, side, tiling = self._patches(), self._side(), self._tiles(call)
+        views = pool_grid(torch.stack(maps), (count, count), _pool)  # [W, side * side, ...]
+        images = views.reshape(len(tiling), -1, side, side, *views.shape[2:])
         return [_cut(image, tiles) for image, tiles in zip(images, tiling, strict=True)]
 
     def grey(self, call: MediaCall) -> list[Tensor] | None:
@@ -130,18 +127,25 @@ class Phi4Multimodal(Adapter):
         return found
 
 
+def _pool(pictures: Tensor) -> Tensor:
+    """Average patches `[W, C, rows, columns]` two by two; an odd side is reflected."""
+    if pictures.shape[-1] % 2:
+        pictures = functional.pad(pictures, (0, 1, 0, 1), mode="reflect")
+    return functional.avg_pool2d(pictures, 2)
+
+
 def _mosaic(tiles: Tensor, rows: int, columns: int) -> Tensor:
-    """Lay tiles `[rows * columns, h, w]` side by side: `[rows * h, columns * w]`."""
-    _, height, width = tiles.shape
-    grid = tiles.reshape(rows, columns, height, width).transpose(1, 2)
-    return grid.reshape(rows * height, columns * width)
+    """Lay tiles `[rows * columns, h, w, ...]` side by side: `[rows * h, columns * w, ...]`."""
+    _, height, width, *channels = tiles.shape
+    grid = tiles.reshape(rows, columns, height, width, *channels).transpose(1, 2)
+    return grid.reshape(rows * height, columns * width, *channels)
 
 
 def _cut(views: Tensor, tiles: _Tiles) -> Tensor:
-    """A number for each token of an image, `[N]`, from its views `[W, side, side]`."""
+    """An entry for each token of an image, `[N, ...]`, from its views `[W, side, side, ...]`."""
     whole = _mosaic(views[1 : tiles.rows * tiles.columns + 1], tiles.rows, tiles.columns)
     useful = whole[: tiles.useful_rows, : tiles.useful_columns]
-    return torch.cat([useful.flatten(), views[0].flatten()])
+    return torch.cat([useful.flatten(0, 1), views[0].flatten(0, 1)])
 
 
 def _image(tiles: _Tiles, side: int) -> Item:

@@ -49,7 +49,7 @@ class Qwen2VL(Adapter):
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
         grids = self._grids(call)
         merge = self._merge()
-        merged = torch.cat(maps).reshape(-1, merge**2).mean(dim=1)
+        merged = torch.cat(maps).unflatten(0, (-1, merge**2)).mean(dim=1)
         aligned = torch.empty_like(merged)
         aligned[self._order(grids).to(merged.device)] = merged
         tokens = [frames * rows * columns // merge**2 for frames, rows, columns in grids]

@@ -43,7 +43,8 @@ class VideoLlama3(Adapter):
         patches = torch.split(torch.cat(maps), [t * h * w for t, h, w, _ in grids])
         aligned = []
         for item, one, (_, rows, columns, merge) in zip(call.items, patches, grids, strict=True):
-            tokens = one.reshape(-1, merge**2).mean(dim=1)  # patches of a token are neighbours
+            # Patches of a token are neighbours.
+            tokens = one.unflatten(0, (-1, merge**2)).mean(dim=1)
             line = item.frame.clamp(min=0) * (rows // merge) + item.row
             aligned.append(tokens[(line * (columns // merge) + item.column).to(tokens.device)])
         return aligned

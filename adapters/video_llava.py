@@ -35,7 +35,7 @@ class VideoLlava(Llava):
         if call.modality == "image":
             return maps
         clips = len(call.arguments["pixel_values_videos"])
-        return list(torch.stack(maps).reshape(clips, -1))
+        return list(torch.stack(maps).reshape(clips, -1, *maps[0].shape[1:]))
 
     def _encoder(self, modality: Modality) -> nn.Module:
         return self.base_model.get_submodule(f"{modality}_tower")

@@ -17,6 +17,7 @@ from tokenprune.core.recipe import Recipe
 from tokenprune.core.site import Cache, Site
 from tokenprune.errors import MediaError, TokenPruneError
 from tokenprune.inputs import read_media
+from tokenprune.media import Video
 from tokenprune.models.load import load_model
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.models.media import Media
@@ -100,7 +101,7 @@ def _answer_both(
 
 def _heading(video: Path, media: Media, loaded: LoadedModel, pruned: Answer) -> str:
     lines = [f"video         {video}"]
-    if media.video is not None:
+    if isinstance(media.video, Video):
         info, timings = media.video.info, media.video.timings
         lines[0] += f": {info.duration_seconds:.0f} seconds, {info.width}x{info.height}"
         lines.append(

@@ -7,10 +7,12 @@ import torch
 
 from tests.checkpoints import loader
 from tokenprune.asking import answer, ask, default_recipe
+from tokenprune.core.recipe import Recipe
 from tokenprune.engine.patch import prune
 from tokenprune.errors import MediaError, RecipeError, TokenPruneError, UnsupportedModelError
 from tokenprune.inputs import read_media
 from tokenprune.models.media import Media
+from tokenprune.session.script import FrameGroup, Pace
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,15 @@ def test_default_recipe_goes_by_what_is_asked_about(loaded):
     assert str(default_recipe(loaded("qwen2_5_omni"), seen)) == "vflowopt(keep=0.25)"
     assert str(default_recipe(loaded("qwen2_5_omni"), heard)) == "plphp(keep=0.5)"
     assert str(default_recipe(loaded("qwen2_audio"))) == "plphp(keep=0.5)"
+
+
+def test_frames_of_no_file_are_answered_about(loaded):
+    frames = torch.randint(0, 256, (4, 3, 56, 56), dtype=torch.uint8)
+    clip = FrameGroup.at_pace(frames, torch.arange(4), Pace(2.0, 2.0))
+    found = answer(loaded("qwen2_vl"), Media(frames, video=clip), "what?", Recipe(), 2)
+
+    assert found.frames == 4 and found.pictures_decoded == found.bytes_read == 0
+    assert found.seconds.index == found.seconds.decode == 0
 
 
 def test_bad_questions_fail(loaded, files):

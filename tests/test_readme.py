@@ -10,6 +10,7 @@ import torch
 
 from tests.tiny import build
 from tokenprune import list_methods, list_models, prune
+from tokenprune.core.registry import METHODS
 from tokenprune.core.site import Cache
 from tokenprune.core.stage import Method
 from tokenprune.eval.mini.sample import write_sample
@@ -62,12 +63,13 @@ def test_frames_and_sound_are_read(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_method_to_add_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenprune.core.registry._METHODS", {})  # it is not there for other tests
+    monkeypatch.setattr(METHODS, "claims", {})  # it is not there for other tests
     lines = [
         "from dataclasses import dataclass",
         "from tokenprune.core.layout import TokenLayout",
         "from torch import Tensor",
         "from tokenprune.core.budget import Budget, allocate",
+        "from tokenprune.core.registry import method",
         "from tokenprune.core.selection import Selection",
         "from tokenprune.core.context import CacheContext",
         "from tokenprune.core.site import Cache, Site",

@@ -17,7 +17,7 @@ from tokenprune.engine.cache import cache_bytes, full_cache_bytes
 from tokenprune.engine.patch import prune
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
 from tokenprune.inputs import check_watchable, read_media
-from tokenprune.media import Timings
+from tokenprune.media import Timings, Video
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.models.media import Media
 from tokenprune.models.prompts import check_question
@@ -155,13 +155,19 @@ def answer(
     processed = time.perf_counter()
     _check_placeholders(loaded, inputs)
     length = inputs["input_ids"].shape[1]
-    seen = loaded.frame_seconds(media.video)
-    with torch.inference_mode(), prune(loaded.model, recipe, frame_seconds=seen) as report:
+    pruned = prune(
+        loaded.model,
+        recipe,
+        question=question,
+        frames=loaded.frames_by_clip(media),
+        frame_seconds=loaded.frame_seconds(media.video),
+    )
+    with torch.inference_mode(), pruned as report:
         output = loaded.model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
         )
     words = loaded.processor.batch_decode(output[:, length:], skip_special_tokens=True)[0]
-    video = media.video
+    video = media.video if isinstance(media.video, Video) else None
     timings = Timings(0.0, 0.0) if video is None else video.timings
     reading = Seconds(index=timings.index_seconds, decode=timings.decode_seconds)
     phases = replace(

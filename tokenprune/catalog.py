@@ -7,7 +7,7 @@ that takes seconds.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,9 @@ __all__ = [
     "ADAPTERS",
     "GROUPS",
     "METHODS",
+    "Clash",
     "Plugin",
+    "find_clashes",
     "find_plugins",
     "method_summaries",
     "model_types",
@@ -28,19 +30,16 @@ METHODS, ADAPTERS = "tokenprune.methods", "tokenprune.adapters"
 GROUPS = {"method": "tokenprune.methods", "model": "tokenprune.models"}
 """Groups of entry points by which other packages add methods and model families."""
 
-_BASES = {"EncoderStage", "Method", "Stage"}
-"""Classes of `core` whose subclasses are registered, if they are not declared a part."""
-
 
 @dataclass(frozen=True)
 class Plugin:
-    """An entry point by which another package adds something.
+    """Something that another package adds, by an entry point or when it is imported.
 
     Attributes:
         kind: "method" or "model".
-        name: The entry point's name.
+        name: The entry point's name; that of a method in lower case, as recipes are read.
         target: What it names: a module, or an object in one.
-        package: The distribution that declares it, with its version.
+        package: The distribution that declares it, with its version; "" if none does.
     """
 
     kind: str
@@ -48,14 +47,30 @@ class Plugin:
     target: str
     package: str
 
+    def __str__(self) -> str:
+        return f"{self.target} ({self.package})" if self.package else self.target
+
+
+@dataclass(frozen=True)
+class Clash:
+    """A name that cannot be used, since several claim it.
+
+    Attributes:
+        kind: "method" or "model".
+        name: The name.
+        claimants: What claims it, "tokenprune" for the library itself.
+    """
+
+    kind: str
+    name: str
+    claimants: tuple[str, ...]
+
 
 def method_summaries() -> dict[str, str]:
     """The first docstring line of each method of the library, by name, sorted."""
-    classes = {node.name: node for node in _classes(METHODS)}
+    named = {name: node for node in _classes(METHODS) if (name := _declared_name(node))}
     found = {
-        name.lower(): (ast.get_docstring(node) or "").partition("\n")[0]
-        for name, node in classes.items()
-        if _descends(node, classes) and not _is_part(node)
+        name: (ast.get_docstring(node) or "").partition("\n")[0] for name, node in named.items()
     }
     return dict(sorted(found.items()))
 
@@ -72,15 +87,37 @@ def model_types() -> list[str]:
 
 
 def find_plugins() -> list[Plugin]:
-    """What other packages add, sorted by kind and name."""
+    """What installed packages add, sorted by kind and name."""
     from importlib.metadata import entry_points  # takes a while, and serves this alone
 
     found = [
-        Plugin(kind, one.name, one.value, f"{one.dist.name} {one.dist.version}" if one.dist else "")
+        Plugin(
+            kind,
+            _folded(kind, one.name),
+            one.value,
+            f"{one.dist.name} {one.dist.version}" if one.dist else "",
+        )
         for kind, group in GROUPS.items()
         for one in entry_points(group=group)
     ]
     return sorted(found, key=lambda one: (one.kind, one.name, one.package))
+
+
+def find_clashes(own: Mapping[str, Iterable[str]], plugins: Iterable[Plugin]) -> list[Clash]:
+    """Names that several claim, sorted by kind and name.
+
+    Args:
+        own: The library's own names by kind.
+        plugins: What is added to them.
+    """
+    claims = {(kind, name): ["tokenprune"] for kind, names in own.items() for name in names}
+    for one in plugins:
+        claims.setdefault((one.kind, one.name), []).append(str(one))
+    return [Clash(*key, tuple(found)) for key, found in sorted(claims.items()) if len(found) > 1]
+
+
+def _folded(kind: str, name: str) -> str:
+    return name.lower() if kind == "method" else name
 
 
 def _classes(package: str) -> Iterator[ast.ClassDef]:
@@ -92,13 +129,13 @@ def _classes(package: str) -> Iterator[ast.ClassDef]:
             yield from (node for node in tree.body if isinstance(node, ast.ClassDef))
 
 
-def _descends(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> bool:
-    """Whether a class is below one of `_BASES`, be it by way of others in `classes`."""
-    bases = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
-    return bool(bases & _BASES) or any(
-        _descends(classes[one], classes) for one in bases & {*classes}
-    )
-
-
-def _is_part(node: ast.ClassDef) -> bool:
-    return any(one.arg == "part" and ast.unparse(one.value) == "True" for one in node.keywords)
+def _declared_name(node: ast.ClassDef) -> str | None:
+    """The name that a decorator `@method("name")` gives a class."""
+    for one in node.decorator_list:
+        match one:
+            case ast.Call(
+                func=ast.Name(id="method") | ast.Attribute(attr="method"),
+                args=[ast.Constant(value=str(name))],
+            ):
+                return name
+    return None

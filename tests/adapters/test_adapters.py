@@ -578,11 +578,10 @@ ITEMS = {
 # -- maps
 
 
-def views_of(encoded: Tensor, name: str, inputs: dict[str, Any], modality: str) -> list[Tensor]:
+def views_of(values: Tensor, name: str, inputs: dict[str, Any], modality: str) -> list[Tensor]:
     """A map's values view by view: a view is an image, a tile or a frame."""
-    values = encoded[..., 0]
     if name in PIXTRAL:
-        return list(values.flatten().split((inputs["image_sizes"] // 14).prod(dim=1).tolist()))
+        return list(values.flatten(0, 1).split((inputs["image_sizes"] // 14).prod(dim=1).tolist()))
     if family_of(name) not in GRIDS:
         return list(values)
     grids = inputs[f"{modality}_grid_thw"].tolist()
@@ -602,7 +601,7 @@ def test_align_packs_a_map_as_the_model_packs_a_feature(name: str, batched: bool
     aligned = {}
     for number, call in enumerate(seen.calls):
         if call.modality != "audio":
-            maps = views_of(paint.encoded[call.modality], name, inputs, call.modality)
+            maps = views_of(paint.encoded[call.modality][..., 0], name, inputs, call.modality)
             aligned[number] = adapter.align(call, maps)
     assert aligned
     for b, (layout, items) in enumerate(rows):
@@ -625,10 +624,36 @@ def test_align_keeps_a_constant(name: str) -> None:
             continue
         patches = patches_of(name, inputs)[call.modality]
         ones = torch.ones(len(patches), CHANNELS)
-        if family_of(name) not in GRIDS and name not in PIXTRAL:
+        if name in PIXTRAL:
+            ones = ones[None]
+        elif family_of(name) not in GRIDS:
             ones = ones.reshape(-1, 36 if name == "internvl" else 16, CHANNELS)
-        for one in adapter.align(call, views_of(ones, name, inputs, call.modality)):
+        for one in adapter.align(call, views_of(ones[..., 0], name, inputs, call.modality)):
             torch.testing.assert_close(one, torch.ones_like(one))
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["one", "batch"])
+@pytest.mark.parametrize("name", PAINTED)
+def test_align_takes_each_channel_by_itself(name: str, batched: bool) -> None:
+    tiny = build(name)
+    inputs = tiny.batch() if batched else tiny.inputs()
+    values = {key: torch.rand(one.shape) for key, one in patches_of(name, inputs).items()}
+    with watching(tiny) as seen, Paint(tiny, values) as paint:
+        tiny.model(**inputs)
+    adapter = adapter_for(tiny.model)
+    lay_out(adapter, inputs["input_ids"], seen.calls, seen.prompt)
+    for call in seen.calls:
+        if call.modality == "audio":
+            continue
+        maps = views_of(paint.encoded[call.modality], name, inputs, call.modality)
+        together = adapter.align(call, maps)
+        deeper = adapter.align(call, [one.unflatten(-1, (2, -1)) for one in maps])
+        assert [len(one) for one in together] == [len(item.row) for item in call.items]
+        for channel in range(CHANNELS):
+            alone = adapter.align(call, [one[:, channel] for one in maps])
+            for one, several, nested in zip(alone, together, deeper, strict=True):
+                torch.testing.assert_close(several[:, channel], one, rtol=0, atol=1e-6)
+                assert torch.equal(nested.flatten(1), several)
 
 
 def test_order_of_windows_is_the_model_s() -> None:

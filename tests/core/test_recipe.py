@@ -165,7 +165,7 @@ def test_methods_are_settings_only(method: Method) -> None:
 @pytest.fixture
 def labelled() -> Iterator[None]:
     """A method `labelled` with settings that are text."""
-    known = dict(list_methods())
+    known = dict(registry.METHODS.claims)
 
     @dataclass(frozen=True, kw_only=True)
     class Labelled(Stage):
@@ -180,8 +180,7 @@ def labelled() -> Iterator[None]:
             raise NotImplementedError
 
     yield
-    registry._METHODS.clear()
-    registry._METHODS.update(known)
+    registry.METHODS.claims = known
 
 
 with_text = pytest.mark.usefixtures("labelled")

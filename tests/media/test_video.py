@@ -10,7 +10,7 @@ import torch
 
 from tests.media.clips import read_number
 from tokenprune.errors import DecodeError, MediaError
-from tokenprune.media import index_video, probe, read_video, stream_video
+from tokenprune.media import Clip, Video, index_video, probe, read_video, stream_video
 from tokenprune.media.decode.frames import Resizer
 from tokenprune.media.decode.pool import FrameDecoder
 from tokenprune.media.decode.rows import _block
@@ -109,6 +109,49 @@ def test_video_knows_itself(clip):
     assert video.timings.index_seconds > 0 and video.timings.decode_seconds > 0
     with pytest.raises(MediaError, match=r"indices must be \[3\]"):
         type(video)(**{**vars(video), "indices": video.indices[:2]})
+
+
+class Evenly(Clip):
+    """Frames of no file, eight of which last a second."""
+
+    source_fps = 8.0
+
+
+def test_a_clip_needs_no_file(clip):
+    frames, indices = torch.zeros(3, 3, 8, 12, dtype=torch.uint8), torch.tensor([0, 2, 6])
+    made = Evenly(frames, torch.tensor([0.0, 0.26, 0.74], dtype=torch.float64), indices)
+    metadata = made.metadata
+
+    assert len(made) == 3 and repr(made) == "Evenly(frames=[3, 3, 8, 12])"
+    assert made.even_indices.tolist() == metadata.frames_indices == [0, 2, 6]
+    assert (metadata.total_num_frames, metadata.fps, metadata.duration) == (7, 8.0, 7 / 8)
+    assert (metadata.height, metadata.width) == (8, 12)
+    video = read_video(clip("h264_bframes").path, frames=3)
+    assert isinstance(video, Clip) and video.source_fps == video.info.average_fps
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"frames": torch.zeros(3, 8, 12)}, r"frames must be \[F, 3, H, W\], got \[3, 8, 12\]"),
+        ({"pts_seconds": torch.zeros(2)}, r"pts_seconds must be \[3\], got \[2\]"),
+        ({"indices": torch.zeros(3, 1)}, r"indices must be \[3\], got \[3, 1\]"),
+    ],
+)
+def test_wrong_clips_fail(wrong, message):
+    right = {
+        "frames": torch.zeros(3, 3, 8, 12, dtype=torch.uint8),
+        "pts_seconds": torch.zeros(3, dtype=torch.float64),
+        "indices": torch.zeros(3, dtype=torch.int64),
+    }
+    with pytest.raises(MediaError, match=message):
+        Evenly(**{**right, **wrong})
+
+
+def test_each_frame_of_a_video_is_a_substitute_or_not(clip):
+    video = read_video(clip("h264_bframes").path, frames=3)
+    with pytest.raises(MediaError, match=r"substituted must be \[3\], got \[2\]"):
+        Video(**{**vars(video), "substituted": video.substituted[:2]})
 
 
 def test_metadata_for_transformers(clip):

@@ -26,6 +26,7 @@ from tokenprune.media import read_video
 from tokenprune.methods.baselines import Uniform
 from tokenprune.models.load import load_model
 from tokenprune.session.file import identity
+from tokenprune.session.prefill import GroupPrefill
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_frames_that_failed_may_be_given_again(loaded, files, monkeypatch):
     plain.watch(clip, fps=10.0)
     expected = plain.generate("what?", max_new_tokens=4)
     session.watch(clip[:5], fps=10.0)  # one waits
-    forward = type(session._watcher)._forward
+    forward = GroupPrefill._forward
     left = [0]
 
     def fail(*arguments):
@@ -130,7 +131,7 @@ def test_frames_that_failed_may_be_given_again(loaded, files, monkeypatch):
         return forward(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(type(session._watcher), "_forward", fail)
+        patched.setattr(GroupPrefill, "_forward", fail)
         for watch in (lambda: session.watch(clip[5:]), lambda: session.ask("what?")):
             with pytest.raises(RuntimeError, match="out of memory"):
                 watch()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -14,10 +16,11 @@ from tokenprune.cli.decode import decode_video
 from tokenprune.cli.demo import demo
 from tokenprune.cli.eval import evaluate
 from tokenprune.cli.list import list_all
+from tokenprune.cli.options import With
 from tokenprune.cli.plan import plan_file
 from tokenprune.cli.sample import sample
 from tokenprune.cli.watch import watch_video
-from tokenprune.errors import TokenPruneError
+from tokenprune.errors import TokenPruneError, first_line
 
 __all__ = ["VERBS", "app", "main"]
 
@@ -43,6 +46,22 @@ app = typer.Typer(
 )
 for verb, run in VERBS.items():
     app.command(verb)(run)
+
+
+@app.callback()
+def import_modules(context: typer.Context, modules: With = None) -> None:
+    """Import what `--with` names, before the verb runs; the verb finds the names in `obj`."""
+    context.obj = modules or []
+    if modules and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that a file there hides no installed package
+    for name in context.obj:
+        try:
+            importlib.import_module(name)
+        except (Exception, SystemExit) as error:  # a module may raise whatever it likes
+            raise TokenPruneError(
+                f"--with {name} cannot be imported: {first_line(error)}; give a module that is "
+                "installed or in this folder, such as my_package.mine"
+            ) from error
 
 
 def main() -> None:

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Fps", "Frames", "Group", "Json", "Model", "RecipeText", "Recipes", "Sound", "Timeline"]
+__all__ = [
+    "Fps",
+    "Frames",
+    "Group",
+    "Json",
+    "Model",
+    "RecipeText",
+    "Recipes",
+    "Sound",
+    "Timeline",
+    "With",
+]
 
 _RECIPE = "Such as 'vflowopt(keep=0.1) + plphp(keep=0.4)'; 'none' prunes nothing."
 
@@ -26,3 +37,11 @@ Timeline = Annotated[
     Path | None, typer.Option(help="Picture of when what was decoded and computed.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+With = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--with",
+        metavar="MODULE",
+        help="Import a module that adds methods or models, first. May be repeated.",
+    ),
+]

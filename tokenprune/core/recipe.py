@@ -21,7 +21,7 @@ Value = Scalar | tuple[Scalar, ...] | Mapping[str, Scalar]
 
 _STRING = r'"(?:[^"\\]|\\.)*"'  # as in JSON; nothing inside it is split
 _PLUS = re.compile(r"\+(?![^()]*\))")  # not the sign of an exponent, inside parentheses
-_STEP = re.compile(rf'\s*([A-Za-z_]\w*)\s*(?:\(((?:[^()"]|{_STRING})*)\))?\s*')
+_STEP = re.compile(rf'\s*([A-Za-z_][\w.:]*)\s*(?:\(((?:[^()"]|{_STRING})*)\))?\s*')
 _SETTING = re.compile(rf'([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)?)\s*=\s*((?:[^\s=,"]|{_STRING})+)(?:\s+|$)')
 _PART = re.compile(rf'{_STRING}|[^/"]+')
 _BARE = re.compile(

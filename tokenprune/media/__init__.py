@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from tokenprune.media.sound.audio import read_audio
     from tokenprune.media.sound.features import log_mel, resample
     from tokenprune.media.transformers import register_with_transformers
-    from tokenprune.media.video import Timings, Video
+    from tokenprune.media.video import Clip, Timings, Video
 
 __all__ = [
+    "Clip",
     "PacketIndex",
     "PixelLimits",
     "ShortestEdge",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Clip": "video",
     "PacketIndex": "index.index",
     "PixelLimits": "size",
     "ShortestEdge": "size",

@@ -1,5 +1,6 @@
-"""`Video`: frames with their times, and what is known of their file."""
+"""`Clip`: frames with their times; `Video`: those of a file, and what is known of it."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from tokenprune.media.index.index import VideoInfo
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
 
-__all__ = ["Timings", "Video"]
+__all__ = ["Clip", "Timings", "Video"]
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,73 @@ class Timings:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Video:
-    """Frames of a video, or one group of them.
+class Clip(ABC):
+    """Frames of one source, with their times and indices in it; they need not come from a file.
 
     Attributes:
         frames: uint8 RGB `[F, 3, H, W]`, upright.
-        pts_seconds: float64 `[F]` PTS of each, counted from the video's first frame.
-        indices: int64 `[F]` presentation rank of each: 0 is the first frame of the video.
+        pts_seconds: float64 `[F]` PTS of each, counted from the source's first frame.
+        indices: int64 `[F]` presentation rank of each: 0 is the first frame of the source.
+    """
+
+    frames: Tensor
+    pts_seconds: Tensor
+    indices: Tensor
+
+    def __post_init__(self) -> None:
+        if self.frames.dim() != 4 or self.frames.shape[1] != 3:
+            raise MediaError(f"frames must be [F, 3, H, W], got {list(self.frames.shape)}")
+        for name in ("pts_seconds", "indices"):
+            self._check_one_each(name)
+
+    def _check_one_each(self, name: str) -> None:
+        shape = list(getattr(self, name).shape)
+        if shape != [len(self.frames)]:
+            raise MediaError(f"{name} must be [{len(self.frames)}], got {shape}")
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(frames={list(self.frames.shape)})"
+
+    @property
+    @abstractmethod
+    def source_fps(self) -> float:
+        """Frames per second of the source, those included that are not among `frames`."""
+
+    @property
+    def even_indices(self) -> Tensor:
+        """`[F]` which frame each would be if they came evenly: the ranks, but where rates vary."""
+        return (self.pts_seconds * self.source_fps).round().long()
+
+    @property
+    def metadata(self) -> "VideoMetadata":
+        """The metadata for transformers' processors; use it with `do_sample_frames=False`.
+
+        Processors take a frame's time to be its index by the rate; so `frames_indices` are
+        `even_indices`.
+        """
+        from transformers.video_utils import VideoMetadata
+
+        indices = self.even_indices.tolist()
+        count = 1 + max(indices)
+        return VideoMetadata(
+            total_num_frames=count,
+            fps=self.source_fps,
+            width=self.frames.shape[3],
+            height=self.frames.shape[2],
+            duration=count / self.source_fps,
+            video_backend="tokenprune",
+            frames_indices=indices,
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Video(Clip):
+    """Frames of a video file, or one group of them.
+
+    Attributes:
         info: the whole video.
         substituted: bool `[F]`, True where a damaged frame is replaced by the nearest earlier one
             that is intact; or, if there is none, by the next, or else by what could be decoded. In
@@ -51,9 +112,6 @@ class Video:
         bytes_read: bytes of the video's packets that were read so far.
     """
 
-    frames: Tensor
-    pts_seconds: Tensor
-    indices: Tensor
     info: VideoInfo
     substituted: Tensor
     pictures_decoded: int
@@ -61,15 +119,8 @@ class Video:
     bytes_read: int = 0
 
     def __post_init__(self) -> None:
-        count = len(self.frames)
-        if self.frames.dim() != 4 or self.frames.shape[1] != 3:
-            raise MediaError(f"frames must be [F, 3, H, W], got {list(self.frames.shape)}")
-        for name in ("pts_seconds", "indices", "substituted"):
-            if getattr(self, name).shape != (count,):
-                raise MediaError(f"{name} must be [{count}], got {list(getattr(self, name).shape)}")
-
-    def __len__(self) -> int:
-        return len(self.frames)
+        super().__post_init__()
+        self._check_one_each("substituted")
 
     def __repr__(self) -> str:
         return (
@@ -83,26 +134,15 @@ class Video:
         return int(self.substituted.sum())
 
     @property
-    def even_indices(self) -> Tensor:
-        """`[F]` which frame each would be if they came evenly: the ranks, but where rates vary."""
-        return (self.pts_seconds * self.info.average_fps).round().long()
+    def source_fps(self) -> float:
+        """Frames per second of the file, on average."""
+        return self.info.average_fps
 
     @property
     def metadata(self) -> "VideoMetadata":
-        """The metadata for transformers' processors; use it with `do_sample_frames=False`.
-
-        Processors take a frame's time to be its index by the rate; so `frames_indices` are
-        `even_indices`.
-        """
-        from transformers.video_utils import VideoMetadata
-
-        indices = self.even_indices.tolist()
-        return VideoMetadata(
-            total_num_frames=max(self.info.frame_count, 1 + max(indices)),
-            fps=self.info.average_fps,
-            width=self.frames.shape[3],
-            height=self.frames.shape[2],
-            duration=self.info.duration_seconds,
-            video_backend="tokenprune",
-            frames_indices=indices,
-        )
+        """As of any clip; the number of frames and the duration are those of the file."""
+        metadata = super().metadata
+        # By an uneven rate the last frame can seem to lie behind the end.
+        metadata.total_num_frames = max(self.info.frame_count, metadata.total_num_frames)
+        metadata.duration = self.info.duration_seconds
+        return metadata

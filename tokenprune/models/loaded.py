@@ -30,7 +30,7 @@ from tokenprune.models.prompts import check_question, write_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tokenprune.media import Video
+    from tokenprune.media import Clip
 
 __all__ = ["LoadedModel"]
 
@@ -161,12 +161,19 @@ class LoadedModel:
 
     # -- what the model sees
 
-    def frame_seconds(self, video: Video | None) -> list[Tensor] | None:
-        """When the frames of a video are shown, as `prune` takes it; None without a video."""
+    def frame_seconds(self, video: Clip | None) -> list[Tensor] | None:
+        """When the frames of a clip are shown, as `prune` takes it; None without a clip."""
         if video is None:
             return None
         seconds = video.pts_seconds
         return [seconds] if "video" in self.adapter.modalities else list(torch.split(seconds, 1))
+
+    def frames_by_clip(self, media: Media) -> list[Tensor] | None:
+        """The pictures of each clip or image, as `prune` takes them; None for sound alone."""
+        if not len(media.frames):
+            return None
+        clip = media.video is not None and "video" in self.adapter.modalities
+        return [media.frames] if clip else list(torch.split(media.frames, 1))
 
     def visible(self, media: Media) -> Tensor:
         """Cut off what the processor crops away, as an overlay needs the frames.

@@ -73,8 +73,8 @@ def prompts_in_groups(
     check_positions(loaded, script)
     for first in range(0, len(video.frames), group):
         here = slice(first, first + group)
-        part = FrameGroup.of(
-            video.frames[here], video.even_indices[here], pace, seconds=video.pts_seconds[here]
+        part = FrameGroup(
+            video.frames[here], video.pts_seconds[here], video.even_indices[here], pace
         )
         tokens = _write(script, part, opening=first == 0)
         inputs = {"input_ids": tokens.ids, **tokens.types, **tokens.media}

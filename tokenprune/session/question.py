@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from tokenprune.engine.cache import CACHE_NAME, CACHE_NAMES
 from tokenprune.engine.patch import Patch
 from tokenprune.engine.rollback import Bookmark
+from tokenprune.engine.prompt import Given
 from tokenprune.errors import TokenPruneError
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.report.report import Report
@@ -17,24 +19,46 @@ from tokenprune.session.positions import prompt_positions
 from tokenprune.session.script import Tokens
 from tokenprune.session.watched import Watched
 
-__all__ = ["answer_words", "generate_from"]
+__all__ = ["Question", "answer_words", "generate_from"]
 
 _RESERVED = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", *CACHE_NAMES)
 
 
+@dataclass(frozen=True)
+class Question:
+    """A question about what was watched.
+
+    Attributes:
+        watched: What it is about.
+        words: What is asked.
+        prompt: All tokens, those of what was watched included.
+    """
+
+    watched: Watched
+    words: str
+    prompt: Tokens
+
+    @classmethod
+    def about(cls, watched: Watched, words: str) -> Question:
+        """The question, written as the processor writes it after the frames.
+
+        Raises:
+            TokenPruneError: It is empty, or holds a placeholder.
+        """
+        return cls(watched, words, watched.prompt.then(watched.script.suffix(words)))
+
+
 def generate_from(
-    watched: Watched,
-    prompt: Tokens,
+    question: Question,
     loaded: LoadedModel,
     patch: Patch,
     report: Report,
     settings: dict[str, Any],
 ) -> Any:
-    """What the model's `generate` returns for a prompt that goes on from what was watched.
+    """What the model's `generate` returns for a question, going on from what was watched.
 
     Args:
-        watched: Its cache is as before when this returns, or fails.
-        prompt: All of it, what was watched included.
+        question: The cache of what it is about is as before when this returns, or fails.
         loaded: The model that watched.
         patch: Of the session; its hooks are there for the time of the call.
         report: Is filled as the model runs.
@@ -46,7 +70,7 @@ def generate_from(
     Raises:
         TokenPruneError: A setting is the session's own.
     """
-    cache, model = watched.cache, loaded.model
+    cache, prompt, model = question.watched.cache, question.prompt, loaded.model
     if taken := sorted(set(settings) & set(_RESERVED)):
         raise TokenPruneError(
             f"{' and '.join(taken)} belong to the session; leave them out, or use `prune`"
@@ -60,7 +84,7 @@ def generate_from(
     try:
         if rows > 1:  # `generate` repeats its inputs, but not a cache that it is given
             cache.batch_repeat_interleave(rows)
-        with torch.no_grad(), patch.run(report):
+        with torch.no_grad(), patch.run(report, Given(question=question.words)):
             output: Any = model.generate(
                 input_ids=prompt.ids,
                 attention_mask=torch.ones_like(prompt.ids),
@@ -76,10 +100,10 @@ def generate_from(
     return output
 
 
-def answer_words(output: Any, prompt: Tokens, loaded: LoadedModel) -> str:
+def answer_words(output: Any, question: Question, loaded: LoadedModel) -> str:
     """The answer in what `generate` returned; of several ones the first, which is the best."""
     sequences = output if isinstance(output, Tensor) else output.sequences
-    answers = sequences[:1, len(prompt) :]
+    answers = sequences[:1, len(question.prompt) :]
     words: str = loaded.processor.batch_decode(answers, skip_special_tokens=True)[0]
     return words.strip()
 

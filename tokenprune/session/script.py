@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
-from tokenprune.media import Timings, Video, VideoInfo
+from tokenprune.media import Clip, Timings
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.models.media import Media
 
@@ -54,46 +54,26 @@ class _PartMetadata(VideoMetadata):  # type: ignore[misc]  # transformers is unt
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FrameGroup(Video):
-    """Some frames of a clip, `frames` `[F, 3, H, W]` uint8, watched at the rate of the clip."""
+class FrameGroup(Clip):
+    """Some frames of the clip that a session watches.
 
-    rate: float = 0.0
+    Attributes:
+        pace: How the frames of the whole clip lie in time.
+        timings: How long it took to get these.
+    """
+
+    pace: Pace
+    timings: Timings = Timings(0.0, 0.0)
 
     @classmethod
-    def of(
-        cls,
-        frames: Tensor,
-        indices: Tensor,
-        pace: Pace,
-        timings: Timings | None = None,
-        seconds: Tensor | None = None,
-    ) -> FrameGroup:
-        """Frames with their indices `[F]` in the source; without `seconds` they lie by its rate."""
-        height, width = frames.shape[-2:]
-        count = int(indices[-1]) + 1
-        info = VideoInfo(
-            path="",
-            duration_seconds=count / pace.source_fps,
-            frame_count=count,
-            average_fps=pace.source_fps,
-            width=width,
-            height=height,
-            codec="",
-            container="",
-            has_audio=False,
-            rotation=0,
-            start_seconds=0.0,
-        )
-        return cls(
-            frames=frames,
-            pts_seconds=indices.double() / pace.source_fps if seconds is None else seconds,
-            indices=indices,
-            info=info,
-            substituted=torch.zeros(len(frames), dtype=torch.bool),
-            pictures_decoded=0,
-            timings=timings or Timings(0.0, 0.0),
-            rate=pace.sampled_fps,
-        )
+    def at_pace(cls, frames: Tensor, indices: Tensor, pace: Pace) -> FrameGroup:
+        """Frames that are shown when their indices `[F]` say so."""
+        return cls(frames, indices.double() / pace.source_fps, indices, pace)
+
+    @property
+    def source_fps(self) -> float:
+        """Frames per second of the source: a frame's index counts these."""
+        return self.pace.source_fps
 
     @property
     def even_indices(self) -> Tensor:
@@ -102,9 +82,10 @@ class FrameGroup(Video):
 
     @property
     def metadata(self) -> VideoMetadata:
+        """As of any clip; the sampled rate is that of the whole clip."""
         plain = super().metadata
         part = _PartMetadata(**{name: getattr(plain, name) for name in plain})
-        part.rate = self.rate
+        part.rate = self.pace.sampled_fps
         return part
 
 
@@ -246,7 +227,7 @@ class Script:
 
     def _black(self, first: int, frames: int) -> FrameGroup:
         pictures = torch.zeros(1, 3, *self.size, dtype=torch.uint8).expand(frames, -1, -1, -1)
-        return FrameGroup.of(pictures, torch.arange(first, first + frames), self.pace)
+        return FrameGroup.at_pace(pictures, torch.arange(first, first + frames), self.pace)
 
     def _around(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """What of the text before and after the media the processor leaves as it is."""

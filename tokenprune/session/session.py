@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,15 +19,11 @@ from tokenprune.media.decode.pool import WorkerKind
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.models.prompts import check_question
 from tokenprune.report.answer import Answer
-from tokenprune.report.change import Change, MediaTokens, total
 from tokenprune.report.report import Report
-from tokenprune.report.seconds import Seconds
-from tokenprune.report.timeline import Timeline
 from tokenprune.session.checks import check_session, check_watches
 from tokenprune.session.file import check_identity, check_path, identity, read, write
-from tokenprune.session.question import answer_words, generate_from
-from tokenprune.session.script import Tokens
-from tokenprune.session.summary import as_dict, as_text
+from tokenprune.session.question import Question, answer_words, generate_from
+from tokenprune.session.summary import Summary
 from tokenprune.session.turns import Turn, takes_a_turn
 from tokenprune.session.watched import Watched, WatchedGroup
 from tokenprune.session.watcher import Watcher
@@ -36,7 +31,7 @@ from tokenprune.session.watcher import Watcher
 __all__ = ["Session"]
 
 
-class Session:
+class Session(Summary):
     """Watches a video group by group, prunes each group, and answers questions on what is kept.
 
     ```python
@@ -82,74 +77,22 @@ class Session:
         group: int = 8,
         name: str | None = None,
     ) -> None:
-        self.recipe = Recipe(recipe)
+        recipe = Recipe(recipe)
         inner: PreTrainedModel = unwrapped(model)
         self._loaded = LoadedModel(inner, processor, name or str(inner.name_or_path or "model"))
-        check_session(self.recipe)
+        check_session(recipe)
         check_watches(self._loaded)
-        self._patch = Patch(model, self.recipe, "original")
-        self._report = Report(str(self.recipe))
-        self._watcher = Watcher(self._loaded, self._patch, self._report, group)
+        self._patch = Patch(model, recipe, "original")
+        self._report = Report(str(recipe))
+        watcher = Watcher(self._loaded, self._patch, self._report, group)
+        super().__init__(recipe, self._loaded.name, watcher)
         self._closed = False
         self._turn = Turn()
-
-    # -- what can be asked of it at any time
-
-    @property
-    def model_name(self) -> str:
-        """What the model is called in answers and files."""
-        return self._loaded.name
 
     @property
     def report(self) -> Report:
         """Layouts and decisions of each group, as `prune` reports them; empty after `load`."""
         return self._report
-
-    @property
-    def groups(self) -> list[WatchedGroup]:
-        """What became of each group, in order."""
-        return list(self._watcher.groups)
-
-    @property
-    def frames(self) -> int:
-        """Frames watched, those included that wait for their group to fill."""
-        return self._watcher.frames
-
-    @property
-    def media_tokens(self) -> MediaTokens:
-        """Media tokens of all groups, before and after."""
-        return total([group.media_tokens for group in self.groups])
-
-    @property
-    def kv_bytes(self) -> Change[int]:
-        """Bytes of the cache that is kept: unpruned, and as measured."""
-        groups = self._watcher.groups
-        return groups[-1].kv_bytes if groups else Change(0, 0)
-
-    @property
-    def timeline(self) -> Timeline:
-        """When each group was decoded, processed, encoded and prefilled."""
-        return Timeline(tuple(group.phases for group in self._watcher.groups))
-
-    @property
-    def pictures_decoded(self) -> int:
-        """Pictures that came out of decoders: the frames watched, and those they are built on."""
-        return self._watcher.pictures_decoded
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of video packets that were read from files."""
-        return self._watcher.bytes_read
-
-    def as_dict(self) -> dict[str, Any]:
-        """What was watched and what it cost, group by group."""
-        return as_dict(self)
-
-    def __str__(self) -> str:
-        return as_text(self)
-
-    def __repr__(self) -> str:
-        return f"Session({self.model_name}, {self.recipe}, {self.frames} frames)"
 
     # -- watching
 
@@ -221,26 +164,13 @@ class Session:
         """
         if max_new_tokens < 1:
             raise TokenPruneError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        watched, prompt = self._prompt(question)
+        asked = self._question(question)
         report = Report(str(self.recipe))
         report.calls.extend(self._report.calls)
         settings = {"do_sample": False, **settings}
         settings |= {"max_new_tokens": max_new_tokens, "streamer": streamer}
-        output = generate_from(watched, prompt, self._loaded, self._patch, report, settings)
-        return Answer(
-            answer=answer_words(output, prompt, self._loaded),
-            media_tokens=self.media_tokens,
-            seconds=Seconds.zero() + report.turn_seconds,
-            kv_bytes=self.kv_bytes,
-            frames=self.frames,
-            recipe=str(self.recipe),
-            model=self.model_name,
-            report=report,
-            pictures=torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
-            timeline=self.timeline,
-            pictures_decoded=self.pictures_decoded,
-            bytes_read=self.bytes_read,
-        )
+        output = generate_from(asked, self._loaded, self._patch, report, settings)
+        return self._answered(answer_words(output, asked, self._loaded), report)
 
     @takes_a_turn
     def generate(self, question: str, **settings: Any) -> Any:
@@ -257,8 +187,8 @@ class Session:
         Raises:
             TokenPruneError: As `ask`; or a setting is the session's own.
         """
-        watched, prompt = self._prompt(question)
-        return generate_from(watched, prompt, self._loaded, self._patch, self._report, settings)
+        asked = self._question(question)
+        return generate_from(asked, self._loaded, self._patch, self._report, settings)
 
     def _watched(self, what: str) -> Watched:
         """What was watched, with all frames prefilled that waited."""
@@ -268,11 +198,10 @@ class Session:
             raise TokenPruneError(f"nothing was watched yet; call watch() before you {what}")
         return watched
 
-    def _prompt(self, question: str) -> tuple[Watched, Tokens]:
+    def _question(self, words: str) -> Question:
         self._check_open()
-        check_question(question)
-        watched = self._watched("ask")
-        return watched, watched.prompt.then(watched.script.suffix(question))
+        check_question(words)
+        return Question.about(self._watched("ask"), words)
 
     # -- files
 

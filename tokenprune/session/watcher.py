@@ -1,41 +1,34 @@
-"""Watching: frames in, a pruned cache out, group by group."""
+"""Watching: frames of files, or as they arrive, gathered in groups that are prefilled."""
 
 from __future__ import annotations
 
 import os
-import time
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from tokenprune.engine.cache import CACHE_NAME, cache_bytes, full_cache_bytes
 from tokenprune.engine.patch import Patch
-from tokenprune.engine.prompt import Given
-from tokenprune.engine.rollback import Bookmark
-from tokenprune.errors import MediaError, UnsupportedModelError
+from tokenprune.errors import MediaError
 from tokenprune.media import stream_video
 from tokenprune.media.decode.pool import WorkerKind
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.models.processors import frame_size
-from tokenprune.report.change import Change
 from tokenprune.report.report import Report
-from tokenprune.report.seconds import Seconds
-from tokenprune.report.timing import Clock
 from tokenprune.session.checks import check_group
-from tokenprune.session.positions import check_positions, prompt_positions
-from tokenprune.session.script import FrameGroup, Pace, Script, Tokens
+from tokenprune.session.positions import check_positions
+from tokenprune.session.prefill import GroupPrefill
+from tokenprune.session.script import FrameGroup, Pace, Script
 from tokenprune.session.watched import Watched, WatchedGroup
 
 __all__ = ["Watcher"]
 
 
 class Watcher:
-    """Sends groups of frames through a patched model.
+    """Gathers frames in groups of one size and rate, and has each group prefilled.
 
     Args:
         loaded: The model and its processor.
@@ -45,17 +38,14 @@ class Watcher:
 
     Attributes:
         group: Frames of a group.
-        clock: Shows the seconds since the session was made.
         watched: What was watched so far; None before the first frames.
     """
 
     def __init__(self, loaded: LoadedModel, patch: Patch, report: Report, group: int) -> None:
         check_group(group, loaded)
         self._loaded = loaded
-        self._patch = patch
-        self._report = report
+        self._group_prefill = GroupPrefill(loaded, patch, report)
         self.group = group
-        self.clock = Clock(patch.adapter.language_model)
         self.watched: Watched | None = None
         self._waiting: list[Tensor] = []
 
@@ -72,7 +62,7 @@ class Watcher:
         """
         check_positions(self._loaded, watched.script)
         self.watched = watched
-        self.clock = Clock(self._patch.adapter.language_model, at=watched.end_seconds)
+        self._group_prefill.set_clock(watched.end_seconds)
 
     @property
     def groups(self) -> list[WatchedGroup]:
@@ -83,16 +73,6 @@ class Watcher:
     def frames(self) -> int:
         """Frames watched, those included that wait for their group to fill."""
         return sum(group.frames for group in self.groups) + sum(map(len, self._waiting))
-
-    @property
-    def pictures_decoded(self) -> int:
-        """Frames that decoders gave, of all files."""
-        return 0 if self.watched is None else self.watched.pictures_decoded
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of their packets that were read."""
-        return 0 if self.watched is None else self.watched.bytes_read
 
     def watch_file(
         self,
@@ -140,7 +120,7 @@ class Watcher:
                 watched.pictures_decoded = before.pictures_decoded + video.pictures_decoded
                 watched.bytes_read = before.bytes_read + video.bytes_read
                 seconds = offset / first_pace.source_fps + video.pts_seconds
-                group = FrameGroup.of(video.frames, indices, first_pace, video.timings, seconds)
+                group = FrameGroup(video.frames, seconds, indices, first_pace, video.timings)
                 self._prefill(watched, group)
 
     def watch_frames(self, frames: Tensor, fps: float | None) -> None:
@@ -215,127 +195,14 @@ class Watcher:
         pace = watched.script.pace
         step = pace.source_fps / pace.sampled_fps
         indices = watched.source_frames + (torch.arange(count) * step).round().long()
-        self._prefill(watched, FrameGroup.of(frames[:count], indices, pace))
+        self._prefill(watched, FrameGroup.at_pace(frames[:count], indices, pace))
         self._waiting = [frames[count:]] if len(frames) > count else []
         watched.source_frames += round(count * step)
 
     def _prefill(self, watched: Watched, group: FrameGroup) -> None:
-        """Send a group through the model; if that fails, nothing of it is left."""
-        opening = not watched.groups
-        began = time.perf_counter()
-        new = watched.script.write(group, opening=opening)
-        processed = time.perf_counter()
-        end_tokens = 0 if opening else watched.script.end_tokens
-        so_far = watched.prompt.first(len(watched.prompt) - end_tokens)
-        prompt = new if opening else so_far.then(new)
-        mark = None if opening else Bookmark(watched.cache, margin=end_tokens)
-        report = self._report
-        calls = len(report.calls)
-        given = Given(frame_seconds=self._loaded.frame_seconds(group))
         try:
-            if end_tokens:
-                watched.cache.crop(-end_tokens)
-            self._forward(watched, prompt, new, given)
-            self._check_end_tokens(len(prompt) - watched.script.end_tokens)
+            self._group_prefill.append(watched, group)
         except BaseException:
-            del report.calls[calls:]
-            if mark is None:
+            if not watched.groups:
                 self.forget()
-            else:
-                mark.restore()
             raise
-        watched.prompt = prompt
-        if calls:  # what the group before decided holds from here on
-            report.calls[calls - 1].length -= end_tokens
-        self._number(watched)
-        watched.groups.append(self._summary(watched, group, began, processed))
-
-    def _summary(
-        self, watched: Watched, group: FrameGroup, began: float, processed: float
-    ) -> WatchedGroup:
-        """What became of the group that was prefilled last.
-
-        Args:
-            watched: With its tokens in the cache.
-            group: Its frames.
-            began: When the processor began to work on it, by `time.perf_counter`.
-            processed: When the processor was done.
-        """
-        report, timings, host = self._report, group.timings, self.clock.of_host
-        cache = watched.cache
-        reading = Seconds(
-            index=timings.index_seconds,
-            decode=timings.decode_seconds,
-            process=processed - began,
-        )
-        return WatchedGroup(
-            first_frame=sum(one.frames for one in watched.groups),
-            frames=len(group.frames),
-            media_tokens=report.last.media_tokens,
-            kv_bytes=Change(full_cache_bytes(cache), cache_bytes(cache)),
-            began_seconds=host(began - timings.decode_seconds),
-            seconds=reading + replace(report.seconds, per_token=None),
-            phases=replace(
-                report.spans(self.clock),
-                decode=tuple((host(start), host(end)) for start, end in timings.effort),
-                process=((host(began), host(processed)),),
-            ),
-        )
-
-    def _forward(self, watched: Watched, prompt: Tokens, new: Tokens, given: Given) -> None:
-        """Append tokens to the cache.
-
-        Args:
-            watched: Whose cache it is.
-            prompt: All tokens up to and with the new ones.
-            new: Those that are not in the cache yet.
-            given: What the model is not told of them.
-        """
-        model: Any = self._loaded.model
-        # The logits of a group are of no use.
-        least = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-        # Some families find the end of a clip by what follows it.
-        positions = prompt_positions(self._loaded, prompt.then(watched.script.ending))
-        # Masks look these up by a token's place in the whole sequence (Gemma 3).
-        types = new.types | {
-            name: prompt.types[name] for name in ("token_type_ids",) if name in prompt.types
-        }
-        with torch.no_grad(), self._patch.run(self._report, given):
-            model(
-                input_ids=new.ids,
-                position_ids=positions[..., len(prompt) - len(new) : len(prompt)],
-                use_cache=True,
-                **{CACHE_NAME: watched.cache},
-                **types,
-                **new.media,
-                **least,
-            )
-
-    def _check_end_tokens(self, end: int) -> None:
-        position = self._report.last.layouts[0].position
-        if len(position) and int(position[-1]) >= end:
-            raise UnsupportedModelError(
-                f"{self._loaded.name} ends a video in tokens that stand for frames, so its frames "
-                "cannot be watched one by one; ask about the file at once"
-            )
-
-    def _number(self, watched: Watched) -> None:
-        """Let the newest layout number items, canvases, frames and seconds of the whole session."""
-        seconds = 0.0
-        if self._patch.adapter.seconds_name in watched.prompt.media:  # from the group's start
-            seconds = sum(one.frames for one in watched.groups) / watched.script.pace.sampled_fps
-        call = self._report.last
-        (layout,) = call.layouts
-        items, canvases, frames = watched.counted
-        clip = layout.frame >= 0
-        layout = replace(
-            layout,
-            item=torch.where(clip, layout.item, layout.item + items),
-            canvas=layout.canvas + canvases,
-            frame=torch.where(clip, layout.frame + frames, -1),
-            seconds=layout.seconds + seconds,
-        )
-        call.layouts = [layout]
-        ends = (layout.item, layout.canvas, layout.frame)
-        items, canvases, frames = (int(one.max()) + 1 for one in ends)
-        watched.counted = items, canvases, frames
