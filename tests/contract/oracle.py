@@ -57,7 +57,7 @@ def read_decisions(
     samples: int,
     length: int,
     kv_heads: int,
-    modalities: Mapping[str, frozenset[int]] | None = None,
+    modalities: Mapping[int, frozenset[int]] | None = None,
 ) -> Replay:
     """Translate recorded calls.
 
@@ -66,7 +66,7 @@ def read_decisions(
         samples: Rows of the batch.
         length: `S`.
         kv_heads: `H`.
-        modalities: By the name of a method: codes of the modalities it looks at, if not all.
+        modalities: By step of the recipe: codes of the modalities it acts on, if not all.
     """
     replay = Replay()
     for call in calls:
@@ -77,7 +77,7 @@ def read_decisions(
         stored: dict[tuple[int, int], Tensor] = {}
         for decision in call.decisions:
             sample, layer = decision.sample, decision.layer
-            codes = (modalities or {}).get(decision.method, frozenset({1, 2, 3}))
+            codes = (modalities or {}).get(decision.step, frozenset({1, 2, 3}))
             allowed = torch.isin(media[sample], torch.tensor(sorted(codes)))
             there = (media[sample] > 0) & ~replay.gone_at(layer, sample, length)
             at_cache = decision.kept.ndim == 2
@@ -205,14 +205,17 @@ def _enter(kwargs: dict[str, Any], replay: Replay, positions: Tensor | None) -> 
     if positions is not None:
         kwargs["position_ids"] = positions
     features = kwargs.get("deepstack_visual_embeds")
-    if features is not None and replay.merges.get(0):
-        # Features that are added after the first layers: merged as the embeddings are.
+    if features is not None and replay.merges:
+        # Features that are added after the first layers: merged as the hidden states were by then.
         where = kwargs["visual_pos_masks"]
         merged = []
-        for one in features:
+        for number, one in enumerate(features):
             spread = one.new_zeros(*where.shape, one.shape[-1])
             spread[where] = one
-            merged.append(_merge(spread, replay.merges[0])[where])
+            for layer in sorted(replay.merges):
+                if layer <= number:
+                    spread = _merge(spread, replay.merges[layer])
+            merged.append(spread[where])
         kwargs["deepstack_visual_embeds"] = merged
     return kwargs
 

@@ -225,8 +225,9 @@ class Forward:
         for sample, merge in merges:
             position = sample.layout.position - self.flight.past
             source, target = position[merge.source], position[merge.target]
-            absorb_(hidden[sample.number], source, target, merge.weight)
-            if self._deepstack is not None:
+            places = (self.flight.locate(sample.number, one) for one in (source, target))
+            absorb_(hidden[sample.number], *places, merge.weight)
+            if self._deepstack is not None:  # what the layers to come add
                 self._deepstack.absorb_(sample.number, source, target, merge.weight)
         return hidden
 

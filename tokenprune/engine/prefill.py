@@ -261,6 +261,7 @@ class Prefill:
                 candidates=rows.shape[-1],
                 kept=position[kept],
                 merge=_translate(merge, position),
+                step=place.step.number,
             )
         )
 
