@@ -11,14 +11,20 @@ from tokenprune._lazy import lazy_names
 
 if TYPE_CHECKING:
     from tokenprune.methods.baselines import Random, Uniform
+    from tokenprune.methods.fastv import FastV
+    from tokenprune.methods.knorm import Knorm
     from tokenprune.methods.plphp import PLPHP
+    from tokenprune.methods.snapkv import SnapKV
     from tokenprune.methods.vflowopt import VFlowOpt
 
-__all__ = ["PLPHP", "Random", "Uniform", "VFlowOpt"]
+__all__ = ["PLPHP", "FastV", "Knorm", "Random", "SnapKV", "Uniform", "VFlowOpt"]
 
 _MODULES = {
     "PLPHP": "plphp",
+    "FastV": "fastv",
+    "Knorm": "knorm",
     "Random": "baselines",
+    "SnapKV": "snapkv",
     "Uniform": "baselines",
     "VFlowOpt": "vflowopt",
 }
