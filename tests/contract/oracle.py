@@ -155,7 +155,6 @@ def positions_logged(language_model: nn.Module) -> Iterator[PositionLog]:
         handle.remove()
 
 
-@torch.no_grad()
 def dense_logits(
     model: Any,
     inputs: Mapping[str, Any],
@@ -172,6 +171,24 @@ def dense_logits(
         replay: What to mask and to merge.
         positions: Of the sequence; None: those that the model makes.
     """
+    logits: Tensor = dense_run(model, inputs, sequence, replay, positions).logits
+    return logits
+
+
+@torch.no_grad()
+def dense_run(
+    model: Any,
+    inputs: Mapping[str, Any],
+    sequence: Tensor,
+    replay: Replay,
+    positions: Tensor | None = None,
+    **settings: Any,
+) -> Any:
+    """What the model returns for the whole sequence, as in `dense_logits`.
+
+    Args:
+        settings: Of the model's forward, such as `output_attentions`.
+    """
     language_model = decoder_of(model)
     with ExitStack() as hooks:
 
@@ -182,7 +199,7 @@ def dense_logits(
         hook(language_model, lambda m, args, kwargs: (args, _enter(kwargs, replay, positions)))
         for layer, module in enumerate(language_model.layers):
             hook(module, _layer_hook(language_model.config, layer, replay))
-        return model(**extend(inputs, sequence), use_cache=False).logits
+        return model(**extend(inputs, sequence), use_cache=False, **settings)
 
 
 def extend(inputs: Mapping[str, Any], sequence: Tensor) -> dict[str, Any]:

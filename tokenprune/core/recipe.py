@@ -105,7 +105,7 @@ def _flatten(parts: tuple[Method | Recipe | str, ...]) -> Iterator[Method]:
 
 def _check_named(method: type[Method]) -> None:
     if not vars(method).get("name"):
-        name = method.__qualname__
+        name = method.__name__
         raise RecipeError(
             f'{name} has no name of its own; write @method("{name.lower()}") above its @dataclass'
         )

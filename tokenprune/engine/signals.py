@@ -200,13 +200,13 @@ class Collector:
             assert not isinstance(signal, Attention), "attention is always collected"
             return self._stored(signal, place.stored, sample, rows)
         alive, values = self._found[request][sample.number]
-        if not isinstance(signal, Attention):
-            if signal.of == "text":
-                return values
-            return _take_heads(values, torch.searchsorted(alive, rows), -2)
-        if _alike(rows) and rows.shape[-1] == len(alive):
+        if not isinstance(signal, Attention) and signal.of == "text":
             return values
-        return _take_heads(values, torch.searchsorted(alive, rows.contiguous()), -1)
+        rows = rows if rows.ndim == 1 or not _alike(rows) else rows[0]
+        if rows.ndim == 1 and len(rows) == len(alive):
+            return values
+        places = torch.searchsorted(alive, rows)
+        return _take_heads(values, places, -1 if isinstance(signal, Attention) else -2)
 
     def _stored(
         self, signal: Keys | Values, layer: PrunedLayer, sample: Sample, rows: Tensor
@@ -309,9 +309,8 @@ def _take_heads(values: Tensor, places: Tensor, dim: int) -> Tensor:
         places: Where.
         dim: The axis.
     """
-    if places.ndim == 1 or _alike(places):
-        one = places if places.ndim == 1 else places[0]
-        return values.index_select(dim, one.to(values.device))
+    if places.ndim == 1:
+        return values.index_select(dim, places.to(values.device))
     several = places.repeat_interleave(len(values) // len(places), dim=0)  # [A, N]
     while several.ndim < values.ndim:
         several = several.unsqueeze(-1 if dim == -2 else 1)
