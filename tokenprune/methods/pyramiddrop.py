@@ -74,7 +74,7 @@ class PyramidDrop(Method):
         layers = self._layers
         if layers is not None and not (
             layers
-            and all(type(one) is int for one in layers)
+            and all(type(one) is int and one >= 0 for one in layers)
             and all(one < other for one, other in zip(layers, layers[1:], strict=False))
         ):
             raise RecipeError(f"layers must be decoder layers that increase, got {self.layers!r}")
@@ -83,7 +83,7 @@ class PyramidDrop(Method):
         shares = self._shares
         if shares is None:
             return
-        if not all(isinstance(one, int | float) for one in shares) or not all(
+        if not all(type(one) in (int, float) for one in shares) or not all(
             0 < other <= one for one, other in zip((1.0, *shares), shares, strict=False)
         ):
             raise RecipeError(
@@ -120,9 +120,14 @@ class PyramidDrop(Method):
             depth: How many decoder layers there are.
 
         Raises:
-            RecipeError: No shares meet `keep` with these layers.
+            RecipeError: There is no such layer, or no shares meet `keep` with these.
         """
         layers = self._layers or tuple(depth * quarter // 4 for quarter in (1, 2, 3))
+        if layers[-1] >= depth:
+            raise RecipeError(
+                f"pyramiddrop acts at layer {layers[-1]}, but the model has layers 0 to "
+                f"{depth - 1}; choose one of these"
+            )
         shares = self._shares
         if shares is None:
             ratio = 0.5 if self.keep is None else solve_ratio(self.keep, layers, depth)
