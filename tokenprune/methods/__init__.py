@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tokenprune.methods.pyramiddrop import PyramidDrop
     from tokenprune.methods.snapkv import SnapKV
     from tokenprune.methods.vflowopt import VFlowOpt
+    from tokenprune.methods.visionzip import VisionZip
 
 __all__ = [
     "PLPHP",
@@ -29,6 +30,7 @@ __all__ = [
     "SnapKV",
     "Uniform",
     "VFlowOpt",
+    "VisionZip",
 ]
 
 _MODULES = {
@@ -41,6 +43,7 @@ _MODULES = {
     "SnapKV": "snapkv",
     "Uniform": "baselines",
     "VFlowOpt": "vflowopt",
+    "VisionZip": "visionzip",
 }
 """Where each method comes from when it is first used."""
 
