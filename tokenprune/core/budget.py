@@ -85,9 +85,13 @@ class Budget(NamedTuple):
         cls, groups: Tensor, counts: Tensor, *, least: int | None = None, most: int | None = None
     ) -> Budget:
         """The budget of these counts, exact unless bounds are given."""
-        total = int(counts.reshape(-1, counts.shape[-1])[0].sum())
+        total = int((counts if counts.ndim == 1 else counts[0]).sum())
         return cls(
-            groups, counts, total, total if least is None else least, total if most is None else most
+            groups,
+            counts,
+            total,
+            total if least is None else least,
+            total if most is None else most,
         )
 
     @classmethod
@@ -141,13 +145,13 @@ def check_on(
     """
     if on is None:
         return None
-    kinds = _kinds((on,) if isinstance(on, str) else on, "on")
+    kinds = _kinds(on if isinstance(on, tuple | list) else (on,), "on")
     return kinds if len(kinds) > 1 else kinds[0]
 
 
 def _kinds(kinds: Iterable[str], name: str) -> tuple[Modality, ...]:
     chosen = tuple(kinds)
-    unknown = [one for one in chosen if one not in MODALITIES]
+    unknown = [one for one in chosen if one not in list(MODALITIES)]  # or it has to hash
     if unknown or not chosen:
         got = repr(unknown[0]) if unknown else "none"
         raise RecipeError(f"{name} must name some of {', '.join(MODALITIES)}, got {got}")

@@ -22,7 +22,9 @@ Value = Scalar | tuple[Scalar, ...] | Mapping[str, Scalar]
 _STRING = r'"(?:[^"\\]|\\.)*"'  # as in JSON; nothing inside it is split
 _PLUS = re.compile(r"\+(?![^()]*\))")  # not the sign of an exponent, inside parentheses
 _STEP = re.compile(rf'\s*([A-Za-z_][\w.:]*)\s*(?:\(((?:[^()"]|{_STRING})*)\))?\s*')
-_SETTING = re.compile(rf'([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)?)\s*=\s*((?:[^\s=,"]|{_STRING})+)(?:\s+|$)')
+_SETTING = re.compile(
+    rf'([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)?)\s*=\s*((?:[^\s=,"]|{_STRING})+)(?:\s+|$)'
+)
 _PART = re.compile(rf'{_STRING}|[^/"]+')
 _BARE = re.compile(
     r"[\w.:-]+"
@@ -133,7 +135,9 @@ def _parse_step(step: str, text: str) -> Method:
     return _build(method, _gather(_settings(inside, text), text))
 
 
-def _gather(settings: Iterable[tuple[str, Scalar | tuple[Scalar, ...]]], text: str) -> dict[str, Value]:
+def _gather(
+    settings: Iterable[tuple[str, Scalar | tuple[Scalar, ...]]], text: str
+) -> dict[str, Value]:
     """Settings by name; those of one name and several modalities are one mapping."""
     found: dict[str, Value] = {}
     for name, value in settings:

@@ -67,8 +67,10 @@ class _OfLayer(Signal[Tensor]):
             self._refuse(site, "no layer has run; act at Layer(0) instead, layer=0")
         allowed = (0,) if isinstance(site, Cache) else (-1, 0)
         if self.layer not in allowed:
-            what = "the layer whose cache it is" if isinstance(site, Cache) else (
-                "the layer about to run, and -1, the one before it"
+            what = (
+                "the layer whose cache it is"
+                if isinstance(site, Cache)
+                else ("the layer about to run, and -1, the one before it")
             )
             self._refuse(site, f"layer must be 0, {what}")
         if isinstance(site, Layer) and site.index + self.layer < 0:
@@ -122,8 +124,22 @@ class Attention(_OfLayer):
 Of = Literal["media", "text"]
 
 
+class _Stored(_OfLayer):
+    """What a layer stores of the candidates, or of the prompt's text."""
+
+    of: Of
+
+    def __post_init__(self) -> None:
+        if self.of not in get_args(Of):
+            raise RecipeError(f"of must be one of {', '.join(get_args(Of))}, got {self.of!r}")
+
+    @property
+    def text_dependent(self) -> bool:  # type: ignore[override]  # a constant of other signals
+        return self.of == "text"
+
+
 @dataclass(frozen=True, kw_only=True)
-class Keys(_OfLayer):
+class Keys(_Stored):
     """Keys of the candidates, or of the prompt's text, `[H, N, d]` in the model's precision.
 
     Args:
@@ -138,7 +154,7 @@ class Keys(_OfLayer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Values(_OfLayer):
+class Values(_Stored):
     """Values of the candidates, or of the prompt's text, `[H, N, d]`; as `Keys`."""
 
     layer: int = 0
