@@ -38,6 +38,30 @@ CASES: dict[str, list[str]] = {
         "plphp(keep=0.5)",
         "plphp(keep=0.3 layers=1/3)",
     ],
+    "fastv": [
+        "fastv(keep=0.4)",
+        "fastv(keep=0.5 layer=1 rotary=false per=item)",
+    ],
+    "snapkv": [
+        "snapkv(keep=0.4)",
+        "snapkv(keep=0.5 window=text kernel=3 layers=1/3 per=frame)",
+    ],
+    "knorm": [
+        "knorm(keep=0.4)",
+        "knorm(keep=0.5 layers=0/2 per=item)",
+    ],
+    "divprune": [
+        "divprune(keep=0.3)",
+        "divprune(keep=0.5 per=frame)",
+    ],
+    "pyramiddrop": [
+        "pyramiddrop(keep=0.5)",
+        "pyramiddrop(keep=0.7 layers=1/3 per=item)",
+    ],
+    "visionzip": [
+        "visionzip(keep=0.4)",
+        "visionzip(keep=0.5 targets=0.5 contextual=mean per=item)",
+    ],
 }
 
 ONE_PER_SITE = [
@@ -70,6 +94,7 @@ SOUND_ONLY = ("audioflamingo3", "granite_speech", "qwen2_audio", "voxtral")
 REFUSALS: dict[tuple[str, str], str] = {
     # (method, family or variant): why. Such a combination must raise, and no other may.
     **{("vflowopt", name): "its map is read from a vision tower" for name in SOUND_ONLY},
+    **{("visionzip", name): "it reads a vision tower" for name in SOUND_ONLY},
 }
 
 TORN_BY_BEAMS = (*SOUND_ONLY, "glm4v", "phi4_multimodal_sounds")

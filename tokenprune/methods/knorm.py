@@ -35,4 +35,5 @@ class Knorm(ScoredCache):
     """
 
     def score(self, context: Context) -> Tensor:
-        return -torch.linalg.vector_norm(context.keys, dim=-1, dtype=torch.float32)  # [H, N]
+        lengths: Tensor = torch.linalg.vector_norm(context.keys, dim=-1, dtype=torch.float32)
+        return -lengths  # [H, N]
