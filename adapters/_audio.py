@@ -1,18 +1,25 @@
-"""Audio: items from the windows of a tower, and seconds from mel frames."""
+"""Audio: items from the windows of a tower, seconds from mel frames, states of towers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tokenprune.adapters.base import Item
+from tokenprune.adapters.base import Item, Tower
 from tokenprune.core.indices import runs
 
-__all__ = ["MEL_SECONDS", "Windows", "even_audio"]
+__all__ = [
+    "MEL_SECONDS",
+    "Windows",
+    "audio_tower",
+    "convolved",
+    "even_audio",
+    "padding_after",
+]
 
 MEL_SECONDS: Final = 160 / 16_000
 """Between two mel frames: 160 samples at 16 kHz, in all families."""
@@ -21,6 +28,23 @@ MEL_SECONDS: Final = 160 / 16_000
 def even_audio(tokens: int, seconds_per_token: float) -> Item:
     """Audio whose tokens follow each other at equal distances."""
     return Item.audio(torch.arange(tokens, dtype=torch.float64) * seconds_per_token)
+
+
+def audio_tower(base: nn.Module) -> Tower:
+    """The tower of families that call it `audio_tower`."""
+    layers: Any = base.get_submodule("audio_tower.layers")
+    return Tower(layers[-1])
+
+
+def convolved(mel_frames: Tensor) -> Tensor:
+    """States of a tower: a convolution of stride two makes them of mel frames."""
+    return (mel_frames - 1) // 2 + 1
+
+
+def padding_after(lengths: Tensor, longest: int) -> Tensor | None:
+    """What follows the first so many states of each view: `[W, longest]` bool; None if nothing."""
+    padding = torch.arange(longest, device=lengths.device) >= lengths[:, None]
+    return padding if bool(padding.any()) else None
 
 
 @dataclass(frozen=True)

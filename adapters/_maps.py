@@ -1,4 +1,4 @@
-"""Maps of views, pooled as pictures."""
+"""Maps of views, pooled as pictures or along a line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-__all__ = ["pool_grid"]
+__all__ = ["join_neighbours", "pool_grid"]
+
+
+def join_neighbours(maps: Tensor, count: int) -> Tensor:
+    """The mean of each `count` neighbours, `[Nv, ...]` to `[Nv // count, ...]`."""
+    tokens = len(maps) // count
+    return maps[: tokens * count].reshape(tokens, count, *maps.shape[1:]).mean(dim=1)
 
 
 def pool_grid(maps: Tensor, grid: tuple[int, int], pool: Callable[[Tensor], Tensor]) -> Tensor:

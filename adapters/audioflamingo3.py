@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from tokenprune.adapters._audio import MEL_SECONDS, Windows
-from tokenprune.adapters.base import Adapter, Item, MediaCall
+from tokenprune.adapters._audio import (
+    MEL_SECONDS,
+    Windows,
+    audio_tower,
+    convolved,
+    padding_after,
+)
+from tokenprune.adapters._maps import join_neighbours
+from tokenprune.adapters.base import Adapter, Item, MediaCall, Tower
 from tokenprune.core.layout import Modality
 
 __all__ = ["AudioFlamingo3"]
@@ -23,13 +31,26 @@ class AudioFlamingo3(Adapter):
         mask: Tensor = call.arguments["input_features_mask"]  # [windows, mel frames]
         placeholders: Tensor = prompt["input_ids"] == self.config.audio_token_id
         windows = Windows(
-            tokens=_tokens(mask.sum(dim=-1)).tolist(),
-            whole=int(_tokens(mask.new_tensor(mask.shape[-1]).long())),
+            tokens=self._tokens(call),
+            whole=-(-mask.shape[-1] // 2) // 2,
             seconds=mask.shape[-1] * MEL_SECONDS,
         )
         return windows.items(placeholders)
 
+    def tower(self, modality: Modality) -> Tower | None:
+        return audio_tower(self.base_model)
 
-def _tokens(mel_frames: Tensor) -> Tensor:
-    """A convolution of stride two, then a mean over two."""
-    return ((mel_frames - 1) // 2 + 1) // 2
+    def padding(self, call: MediaCall) -> Tensor | None:
+        mask: Tensor = call.arguments["input_features_mask"]
+        return padding_after(convolved(mask.sum(dim=-1)), -(-mask.shape[-1] // 2))
+
+    def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
+        windows = zip(maps, self._tokens(call), strict=True)
+        tokens = torch.cat([join_neighbours(one, 2)[:count] for one, count in windows])
+        return list(torch.split(tokens, [len(item.real) for item in call.items]))
+
+    def _tokens(self, call: MediaCall) -> list[int]:
+        """Of each window: a convolution of stride two, then a mean over two."""
+        mask: Tensor = call.arguments["input_features_mask"]
+        tokens: list[int] = (convolved(mask.sum(dim=-1)) // 2).tolist()
+        return tokens

@@ -18,7 +18,11 @@ STATE_SECONDS: Final = 2 * MEL_SECONDS
 
 
 class GraniteSpeech(Adapter):
-    """Granite Speech. Tokens of a window all attend to all of it: they have its frame and time."""
+    """Granite Speech. Tokens of a window all attend to all of it: they have its frame and time.
+
+    The encoder adds relative positions to its scores, which queries and keys do not tell: there is
+    no tower to read.
+    """
 
     model_types = ("granite_speech",)
     modalities: ClassVar[tuple[Modality, ...]] = ("audio",)
@@ -34,3 +38,19 @@ class GraniteSpeech(Adapter):
             tokens = mask.sum(dim=-1).tolist()
         frames = [torch.arange(count) // queries for count in tokens]
         return [Item.audio(frame * (window * STATE_SECONDS), frame) for frame in frames]
+
+    def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
+        """As in the base; each token of a window has the mean of its states, which is our choice.
+
+        A Q-Former makes the tokens, and each of them of all states of the window.
+        """
+        features: Tensor = call.arguments["input_features"]
+        window = self.config.window_size
+        queries = window // self.config.downsample_rate
+        # The encoder attends in blocks, the last one padded.
+        sounds = torch.stack(maps).reshape(len(features), -1, *maps[0].shape[1:])
+        aligned = []
+        for states, item in zip(sounds[:, : features.shape[1]], call.items, strict=True):
+            means = torch.stack([part.mean(dim=0) for part in states.split(window)])
+            aligned.append(means.repeat_interleave(queries, dim=0)[: len(item.real)])
+        return aligned

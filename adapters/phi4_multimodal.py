@@ -41,6 +41,9 @@ class Phi4Multimodal(Adapter):
 
     Maps are of attention in both directions, as the tower was trained. Where no patch of a call is
     padding, transformers 5.23 runs this tower with a causal mask (not with eager attention).
+
+    The encoder of sounds adds relative positions to its scores, which queries and keys do not tell:
+    there is no tower of audio to read.
     """
 
     model_types = ("phi4_multimodal",)
@@ -87,6 +90,10 @@ class Phi4Multimodal(Adapter):
         return None if mask is None else ~mask.bool().flatten(0, 1).flatten(1)
 
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
+        if call.modality == "audio":
+            # Long sounds are cut into several views.
+            sounds = torch.stack(maps).reshape(len(call.items), -1, *maps[0].shape[1:])
+            return [one[: len(item.real)] for one, item in zip(sounds, call.items, strict=True)]
         count, side, tiling = self._patches(), self._side(), self._tiles(call)
         views = pool_grid(torch.stack(maps), (count, count), _pool)  # [W, side * side, ...]
         images = views.reshape(len(tiling), -1, side, side, *views.shape[2:])

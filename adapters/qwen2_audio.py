@@ -6,8 +6,15 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from tokenprune.adapters._audio import MEL_SECONDS, even_audio
-from tokenprune.adapters.base import Adapter, Item, MediaCall
+from tokenprune.adapters._audio import (
+    MEL_SECONDS,
+    audio_tower,
+    convolved,
+    even_audio,
+    padding_after,
+)
+from tokenprune.adapters._maps import join_neighbours
+from tokenprune.adapters.base import Adapter, Item, MediaCall, Tower
 from tokenprune.core.layout import Modality
 from tokenprune.errors import UnsupportedModelError
 
@@ -18,7 +25,7 @@ SECONDS_PER_TOKEN: Final = 4 * MEL_SECONDS
 
 def audio_items(mel_frames: Tensor) -> list[Item]:
     """Items of so many mel frames: a convolution of stride two, then a mean over two."""
-    tokens = ((mel_frames - 1) // 2 + 1) // 2
+    tokens = convolved(mel_frames) // 2
     return [even_audio(count, SECONDS_PER_TOKEN) for count in tokens.tolist()]
 
 
@@ -56,6 +63,26 @@ class Qwen2Audio(Adapter):
                 "model's processor expand the placeholders (give it text and sound in one call)"
             )
         return items
+
+    def tower(self, modality: Modality) -> Tower | None:
+        return audio_tower(self.base_model)
+
+    def padding(self, call: MediaCall) -> Tensor | None:
+        frames: Tensor | None = call.arguments.get("feature_attention_mask")
+        if frames is not None:
+            return padding_after(convolved(frames.sum(dim=-1)), -(-frames.shape[-1] // 2))
+        mask: Tensor | None = call.arguments.get("attention_mask")
+        if mask is None:
+            return None
+        # Kernels differ in their masks: [W, Nv], or [W, 1, Nv, Nv] of bools or of what is added.
+        keys = mask if mask.ndim == 2 else mask[:, 0, 0]
+        return keys < 0 if keys.is_floating_point() else keys == 0
+
+    def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
+        return [
+            join_neighbours(one, 2)[: len(item.real)]
+            for one, item in zip(maps, call.items, strict=True)
+        ]
 
 
 def _expanded(placeholders: Tensor) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tokenprune.adapters._maps import join_neighbours
 from tokenprune.adapters._pixels import CLIP, Normalisation
 from tokenprune.adapters.base import Adapter, Item, MediaCall, Tower
 from tokenprune.core.layout import Modality
@@ -49,7 +50,7 @@ class Qwen2VL(Adapter):
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
         grids = self._grids(call)
         merge = self._merge()
-        merged = torch.cat(maps).unflatten(0, (-1, merge**2)).mean(dim=1)
+        merged = join_neighbours(torch.cat(maps), merge**2)
         aligned = torch.empty_like(merged)
         aligned[self._order(grids).to(merged.device)] = merged
         tokens = [frames * rows * columns // merge**2 for frames, rows, columns in grids]

@@ -19,7 +19,10 @@ STRIDE: Final = 8
 
 
 class Qwen3OmniMoe(Qwen3VL):
-    """The thinker of Qwen3-Omni. The audio of a clip is an item of its own."""
+    """The thinker of Qwen3-Omni. The audio of a clip is an item of its own.
+
+    A view of audio is a window of several seconds, or what a sound has left for its last one.
+    """
 
     model_types = ("qwen3_omni_moe_thinker",)
     modalities: ClassVar[tuple[Modality, ...]] = ("image", "video", "audio")
@@ -35,6 +38,11 @@ class Qwen3OmniMoe(Qwen3VL):
 
     def tower(self, modality: Modality) -> Tower | None:
         return None if modality == "audio" else super().tower(modality)
+
+    def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
+        if call.modality != "audio":
+            return super().align(call, maps)
+        return list(torch.split(torch.cat(maps), [len(item.real) for item in call.items]))
 
 
 def _seconds(mel_frames: int, chunk: int) -> Tensor:

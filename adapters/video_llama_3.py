@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tokenprune.adapters._maps import join_neighbours
 from tokenprune.adapters._pixels import HALF, Normalisation
 from tokenprune.adapters.base import Adapter, Item, MediaCall, Tower
 from tokenprune.core.layout import Modality
@@ -43,8 +44,7 @@ class VideoLlama3(Adapter):
         patches = torch.split(torch.cat(maps), [t * h * w for t, h, w, _ in grids])
         aligned = []
         for item, one, (_, rows, columns, merge) in zip(call.items, patches, grids, strict=True):
-            # Patches of a token are neighbours.
-            tokens = one.unflatten(0, (-1, merge**2)).mean(dim=1)
+            tokens = join_neighbours(one, merge**2)
             line = item.frame.clamp(min=0) * (rows // merge) + item.row
             aligned.append(tokens[(line * (columns // merge) + item.column).to(tokens.device)])
         return aligned

@@ -667,13 +667,6 @@ def test_order_of_windows_is_the_model_s() -> None:
     assert adapter._order(grids).tolist() == order.tolist()
 
 
-@pytest.mark.parametrize("name", [*SOUND_ONLY, "phi4_multimodal", *OMNI])
-def test_audio_has_no_tower_to_read(name: str) -> None:
-    adapter = adapter_for(build(name).model)
-    assert adapter.tower("audio") is None
-    assert all(adapter.tower(one) for one in adapter.modalities if one != "audio")
-
-
 def test_a_windowed_last_block_is_no_tower_to_read() -> None:
     tiny = build("qwen2_5_vl")
     tiny.model.config.vision_config.fullatt_block_indexes = [0]

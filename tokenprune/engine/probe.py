@@ -65,8 +65,10 @@ class Probe:
     have changed `hidden` already). Hooks that torch calls for all modules do fire.
 
     Nothing is left behind: no cache is read or written, no gradient is recorded. In training mode
-    the random state is put back, so that dropout takes from the layer what it took from the probe.
-    Compiled layers are run uncompiled, and gradient checkpointing is not used.
+    the random state is put back, of the CPU and of CUDA devices, so that dropout drops in the layer
+    what it dropped in the probe. Compiled layers are run uncompiled, and gradient checkpointing is
+    not used. Weights that accelerate has offloaded are loaded for the probe, freed, and loaded
+    again for the layer.
     """
 
     def __init__(self) -> None:
@@ -157,11 +159,9 @@ class Probe:
 
 def _without_rotary(layer: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The same arguments, but with position embeddings that rotate by nothing."""
-    pair = kwargs.get("position_embeddings")
-    if (
-        not isinstance(pair, tuple | list)
-        or [isinstance(one, Tensor) for one in pair] != [True] * 2
-    ):
+    pair: Any = kwargs.get("position_embeddings")
+    known = isinstance(pair, tuple | list) and all(isinstance(one, Tensor) for one in pair)
+    if not known or len(pair) != 2:
         raise UnsupportedModelError(
             f"cannot read queries of a {_name(layer)} layer before their rotary embedding: it must "
             "take (cos, sin) as `position_embeddings`; read them with rotary embedding"
@@ -185,7 +185,8 @@ def _prepared(layer: nn.Module) -> Iterator[None]:
     """Inside, calls of a layer fire no hooks of others, are not compiled and can be stopped.
 
     accelerate loads weights before a module's forward and frees them after it. A forward that is
-    stopped, or fails, is not seen to end: the hooks of all modules in progress are told.
+    stopped, or fails, is not seen to end: the hooks of all modules in progress are told, innermost
+    first, with None for the output.
     """
     changed: list[tuple[dict[str, Any], str, Any]] = []
     running: list[tuple[Callable[..., Any], nn.Module]] = []
@@ -257,7 +258,8 @@ def _computes(hook: Any) -> bool:
 def _no_autocast_cache() -> Iterator[None]:
     """Inside, autocast keeps no copies of weights.
 
-    They would have no gradient, and the layer that comes next would be given them.
+    They would have no gradient, and releases of torch before pytorch/pytorch#165068 would give them
+    to the layer that comes next.
     """
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
