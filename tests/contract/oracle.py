@@ -232,7 +232,9 @@ def _enter(kwargs: dict[str, Any], replay: Replay, positions: Tensor | None) -> 
             for layer in sorted(replay.merges):
                 if layer <= number:
                     spread = _merge(spread, replay.merges[layer])
-            merged.append(spread[where])
+            merged.append(spread.flatten(0, 1))
+        # Tokens without features (of sound) may have absorbed some.
+        kwargs["visual_pos_masks"] = torch.ones_like(where)
         kwargs["deepstack_visual_embeds"] = merged
     return kwargs
 

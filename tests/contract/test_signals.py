@@ -143,7 +143,7 @@ def queries_of(signal: Attention, inputs: dict[str, Any], sample: int, context: 
     if signal.queries == "text":
         return [p for p in real if p > max(media)]
     if signal.queries == "own":
-        return [positions_of(context).tolist()[n] for n in (0, 3)]
+        return [positions_of(context).tolist()[n] for n in (0, -1)]
     return real[-signal.queries :]
 
 
@@ -186,7 +186,7 @@ def at_layer(form: Attention, layer: int) -> Attention:
 @pytest.mark.parametrize("kind", ["alone", "batch"])
 @pytest.mark.parametrize("name", families())
 def test_attention_at_caches_is_that_of_the_dense_model(name: str, kind: str, before: str) -> None:
-    spy = Spy(Cache(), tuple(FORMS), (0, 3))
+    spy = Spy(Cache(), tuple(FORMS), (0, -1))
     inputs, call, reference = spied(name, kind, before, [spy])
     samples = len(inputs["input_ids"])
     layers = [layer for layer, window in enumerate(windows_of(model_of(name))) if window is None]
@@ -212,7 +212,7 @@ def test_attention_at_caches_is_that_of_the_dense_model(name: str, kind: str, be
 def test_attention_at_layers_is_that_of_the_dense_model(name: str, kind: str, before: str) -> None:
     """Of the layer before, and of the layer about to run, at once."""
     forms = tuple(at_layer(form, layer) for form in FORMS for layer in (-1, 0))
-    spies = [Spy(Layer(layer), forms, (0, 3)) for layer in (1, 2, 4)]
+    spies = [Spy(Layer(layer), forms, (0, -1)) for layer in (1, 2, 4)]
     # Before tokens leave at layer 1, its stages have seen what layer 0 attended to.
     inputs, call, reference = spied(name, kind, before, spies)
     for spy in spies:
