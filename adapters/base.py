@@ -132,10 +132,12 @@ class Tower:
     Attributes:
         block: The block whose output becomes the features; its attention is read.
         prefix_tokens: Leading tokens of each view that are no patches (a class token).
+        biased: Whether its mask adds relative positions to the scores.
     """
 
     block: nn.Module
     prefix_tokens: int = 0
+    biased: bool = False
 
 
 class Adapter(ABC):
