@@ -48,7 +48,7 @@ CASES: dict[str, list[str]] = {
     ],
     "knorm": [
         "knorm(keep=0.4)",
-        "knorm(keep=0.5 layers=0/2 per=item)",
+        "knorm(keep=0.5 layers=1/3 per=item)",
     ],
     "divprune": [
         "divprune(keep=0.3)",
