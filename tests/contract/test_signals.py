@@ -103,10 +103,14 @@ def watched_attention(layers: Any, seen: list[Any]) -> Iterator[None]:
     inside = {one.self_attn for one in layers}
     with pytest.MonkeyPatch.context() as patch:
         for module in modules:
-            for attribute in [one for one in vars(module) if one.endswith("eager_attention_forward")]:
+            for attribute in [
+                one for one in vars(module) if one.endswith("eager_attention_forward")
+            ]:
                 plain = getattr(module, attribute)
 
-                def watch(owner: Any, q: Any, k: Any, v: Any, *args: Any, _p: Any = plain, **kw: Any):
+                def watch(
+                    owner: Any, q: Any, k: Any, v: Any, *args: Any, _p: Any = plain, **kw: Any
+                ):
                     if owner in inside:
                         seen.append((k, v))
                     return _p(owner, q, k, v, *args, **kw)
@@ -472,4 +476,3 @@ def test_signals_of_views_are_means_of_spans() -> None:
         assert vectors.shape == (int(spans.max()) + 1, keys.shape[1])
         assert keys.shape[0] == len(context) == len(found[Viewed()])
         assert bool(vectors.isfinite().all()) and not torch.equal(vectors[0], vectors[-1])
-

@@ -85,9 +85,7 @@ class Forward:
         real = padding_of(kwargs.get("attention_mask"))
         if real is not None:
             real = real[:, self.flight.past : self.sequence.end]
-        prefill = self.prefill = Prefill(
-            self._schedule, prompt, real, self.flight, self.sequence
-        )
+        prefill = self.prefill = Prefill(self._schedule, prompt, real, self.flight, self.sequence)
         hidden, before = kwargs["inputs_embeds"], prefill.alive
         for step in self._schedule.input:
             with torch.no_grad():  # what is decided, weights included, is constant to gradients
@@ -225,8 +223,8 @@ class Forward:
         for sample, merge in merges:
             position = sample.layout.position - self.flight.past
             source, target = position[merge.source], position[merge.target]
-            places = (self.flight.locate(sample.number, one) for one in (source, target))
-            absorb_(hidden[sample.number], *places, merge.weight)
+            here, there = (self.flight.locate(sample.number, one) for one in (source, target))
+            absorb_(hidden[sample.number], here, there, merge.weight)
             if self._deepstack is not None:  # what the layers to come add
                 self._deepstack.absorb_(sample.number, source, target, merge.weight)
         return hidden

@@ -165,9 +165,7 @@ def _for_heads(mask: Tensor, name: str, query: Tensor) -> Tensor:
     return mask
 
 
-def query_mask(
-    mask: Any, rows: Tensor, keys: Tensor
-) -> Callable[[Tensor], Tensor | None]:
+def query_mask(mask: Any, rows: Tensor, keys: Tensor) -> Callable[[Tensor], Tensor | None]:
     """The mask of some queries, to be evaluated in parts.
 
     Args:

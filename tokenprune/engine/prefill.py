@@ -12,7 +12,7 @@ from tokenprune.core.context import Candidates, Context, Lifetime
 from tokenprune.core.indices import pad_left
 from tokenprune.core.recipe import Step
 from tokenprune.core.selection import Merge, Selection
-from tokenprune.core.site import Cache
+from tokenprune.core.site import Cache, Layer
 from tokenprune.core.stage import Stage
 from tokenprune.engine.cache import PrunedLayer
 from tokenprune.engine.flight import Flight
@@ -252,11 +252,12 @@ class Prefill:
         self, place: Place, sample: Sample, rows: Tensor, kept: Tensor, merge: Merge | None
     ) -> None:
         position, stage = sample.layout.position, place.step.stage
+        site = stage.site
         self.call.decisions.append(
             Decision(
                 method=stage.name,
-                site=stage.site,
-                layer=max(0, place.layer),
+                site=site,
+                layer=site.index if isinstance(site, Layer) else max(0, place.layer),
                 sample=sample.number,
                 candidates=rows.shape[-1],
                 kept=position[kept],

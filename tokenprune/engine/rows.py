@@ -154,5 +154,3 @@ def _blocks(attended: Attended, queries: list[Tensor]) -> Iterator[tuple[int, Te
                 mask = mask.repeat_interleave(heads // mask.shape[1], dim=1)
             scores = scores.masked_fill_(~mask.to(scores.device), -torch.inf)
         yield first, scores.softmax(dim=-1)
-
-

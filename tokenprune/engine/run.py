@@ -270,10 +270,14 @@ class Run:
         output = base_attention(name, module)(module, query, key, value, mask, **kwargs)
         number = module.layer_idx
         if self._schedule.attended(number):
-            stored = (key, value, keys) if layer is None else (layer.keys, layer.values, layer.index)
+            stored = (
+                (key, value, keys) if layer is None else (layer.keys, layer.values, layer.index)
+            )
             forward.attended(
                 number,
-                lambda: Attended(query, *stored[:2], attention_mask, flight.rows, stored[2], kwargs),
+                lambda: Attended(
+                    query, *stored[:2], attention_mask, flight.rows, stored[2], kwargs
+                ),
             )
         if layer is not None:
             forward.after_attention(number, layer)
