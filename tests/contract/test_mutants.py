@@ -471,7 +471,6 @@ def input_states_are_those_of_the_layer(patch: pytest.MonkeyPatch) -> None:
 
 @caught_by(hidden_states, "llava_onevision", "batch", signals.BEFORE[1])
 def text_located_as_if_nothing_had_left(patch: pytest.MonkeyPatch) -> None:
-    original = Collector._text_columns
 
     def faulty(self: Collector, stored: int) -> Any:
         last = stored - 1

@@ -46,8 +46,8 @@ class EncoderMaps:
             device: Where stages work.
 
         Returns:
-            A function of a signal: `[P]` or `[P, C]`; nan where nothing is read of a token. `[G, C]`
-            for a signal of views, a row for each span of the layout.
+            A function of a signal: `[P]` or `[P, C]`; nan where nothing is read of a token.
+            `[G, C]` for a signal of views, a row for each span of the layout.
         """
         done: dict[EncoderSignal, Tensor] = {}
 

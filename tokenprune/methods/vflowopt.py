@@ -133,9 +133,7 @@ class VFlowOpt(Method):
         common: dict[str, Any] = {"importance": self.needs[0], "per": self.per, "on": self.on}
         rounds: list[Stage] = []
         if first < 1:
-            rounds.append(
-                VFlowOptInput(keep=first, cell=cell, recycled=self.recycled, **common)
-            )
+            rounds.append(VFlowOptInput(keep=first, cell=cell, recycled=self.recycled, **common))
         if second < 1:
             rounds.append(VFlowOptLayer(layer=layer, keep=second, **common))
         if third < 1:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.asking import default_recipe
-from tokenprune.core.recipe import Recipe
+from tokenprune.core.recipe import Recipe, Step
 from tokenprune.core.site import Site
-from tokenprune.core.recipe import Step
 from tokenprune.engine.patch import Patch
 from tokenprune.inputs import check_watchable
 from tokenprune.media.index.container import check_file
