@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tests.adapters.test_adapters import CHANNELS, passed_on, watching
 from tests.adapters.test_audio_layouts import EARS
-from tests.contract.doubles import Spy
+from tests.contract.doubles import Spy, Viewed
 from tests.releases import OLD, UNUSABLE
 from tests.tiny import AUDIO, Tiny, build, decoder_of, family_of
 from tests.tiny.base import noise, prompt
@@ -27,9 +27,12 @@ from tests.tiny.hearing import mask_of
 from tokenprune import prune
 from tokenprune.adapters.base import Adapter, MediaCall, adapter_for
 from tokenprune.core.context import EncoderView
+from tokenprune.core.layout import Modality
 from tokenprune.core.signal import EncoderSignal
 from tokenprune.core.site import Input
+from tokenprune.engine import encoders, views
 from tokenprune.engine.layouts import lay_out
+from tokenprune.report.report import Report
 
 BLOCKS = {name: f"{ear.blocks}.1" for name, ear in EARS.items()}
 """The last block of each tower."""
@@ -393,11 +396,20 @@ class Received(EncoderSignal):
 
 
 @dataclass(frozen=True, eq=False)
-class Listener(Spy):
-    """Looks at sounds alone."""
+class Looking(Spy):
+    """Looks at some kinds of media alone."""
 
-    name = "listener"
-    modalities = frozenset({"audio"})
+    kinds: tuple[Modality, ...] = ("audio",)
+
+    name = "looking"
+
+    @property
+    def acts_on(self) -> frozenset[Modality]:
+        return frozenset(self.kinds)
+
+    def maps(self) -> list[Tensor]:
+        """What the only signal was, `[N]` a sample."""
+        return [found[self.needs[0]] for _, found in self.seen]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -405,7 +417,7 @@ def test_a_stage_reads_the_attention_that_sounds_receive(name: str, kind: str) -
     tiny, inputs = case(name, kind)
     weights = weights_of(name, inputs)
     reader = Received()
-    spy = Listener(Input(), (reader,))
+    spy = Looking(Input(), (reader,))
     with torch.no_grad(), prune(tiny.model, spy):
         tiny.model(**inputs)
     assert len(reader.maps) == len(weights) > 0
@@ -416,6 +428,121 @@ def test_a_stage_reads_the_attention_that_sounds_receive(name: str, kind: str) -
         torch.testing.assert_close(received, dense[-1], rtol=1e-5, atol=1e-5)
     heard = listen(tiny, inputs)
     aligned = torch.cat(heard.adapter.align(heard.call, dense))
-    maps = torch.cat([found[reader] for _, found in spy.seen])
     # Sounds of a batch are encoded in the order of its rows.
-    torch.testing.assert_close(maps, aligned, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(spy.maps()), aligned, rtol=1e-5, atol=1e-5)
+
+
+# -- sounds beside pictures
+
+MIXED = [
+    "phi4_multimodal",
+    "phi4_multimodal_sounds",
+    "qwen2_5_omni",
+    "qwen2_5_omni_interleaved",
+    "qwen3_omni_moe",
+    "qwen3_omni_moe_interleaved",
+]
+"""Whose prompts hold both."""
+
+PICTURES: tuple[Modality, ...] = ("image", "video")
+
+
+@pytest.mark.parametrize("kind", ["one", "batch"])
+@pytest.mark.parametrize("name", [one for one in MIXED if family_of(one) not in UNUSABLE])
+def test_signals_of_sounds_and_of_pictures_go_together(name: str, kind: str) -> None:
+    tiny, inputs = case(name, kind)
+
+    def shown(*spies: Looking) -> Report:
+        with torch.no_grad(), prune(tiny.model, "vflowopt(keep=0.5)", *spies) as report:
+            tiny.model(**inputs)
+        return report
+
+    alone = shown()
+    sounds, pictures = (Looking(needs=(Viewed(),), kinds=kinds) for kinds in (("audio",), PICTURES))
+    shown(sounds)
+    shown(pictures)
+    assert all(len(one) and bool(one.isfinite().all()) for one in sounds.maps() + pictures.maps())
+    # Two signals, each of its own kind of media, and one that is wanted of both.
+    for signal in (Viewed("rows"), Viewed()):
+        both = [Looking(needs=(Viewed(),)), Looking(needs=(signal,), kinds=PICTURES)]
+        together = shown(*both)
+        for one, other in zip(both[0].maps(), sounds.maps(), strict=True):
+            assert torch.equal(one, other)
+        for one, other in zip(both[1].maps(), pictures.maps(), strict=True):
+            assert len(one) == len(other)
+            assert one.ndim == 2 if signal == Viewed("rows") else torch.equal(one, other)
+        decisions = [one.kept for one in together.last.decisions if one.method == "vflowopt"]
+        assert len(decisions) == len(alone.last.decisions) > 0
+        for kept, decision in zip(decisions, alone.last.decisions, strict=True):
+            assert torch.equal(kept, decision.kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("qwen2_vl", ("image",)),  # one tower serves both
+        ("qwen2_vl", ("video",)),
+        ("qwen2_5_omni", ("audio",)),
+        ("qwen2_5_omni", ("video",)),
+        ("phi4_multimodal", ("audio",)),
+        ("phi4_multimodal", ("image",)),
+    ],
+)
+def test_media_that_no_signal_is_wanted_of_are_not_read(
+    name: str, kinds: tuple[Modality, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if family_of(name) in UNUSABLE:
+        pytest.skip("this release of transformers cannot run it")
+    tiny = build(name)
+    adapter = adapter_for(tiny.model)
+    calls: list[MediaCall] = []
+
+    def made(*args: Any) -> MediaCall:
+        calls.append(MediaCall(*args))
+        return calls[-1]
+
+    monkeypatch.setattr(encoders, "MediaCall", made)
+    with torch.no_grad(), prune(tiny.model, Looking(needs=(Viewed(),), kinds=kinds)):
+        for modality in adapter.modalities:
+            tower = adapter.tower(modality)
+            used = {
+                str(module.config._attn_implementation).startswith("tokenprune")
+                for module in (tower.block.modules() if tower else ())
+                if hasattr(module, "config")
+            }
+            # Images and clips share a tower.
+            assert used == {(modality == "audio") == (kinds == ("audio",))}
+        tiny.model(**tiny.inputs())
+    assert len({call.modality for call in calls}) == 2
+    for call in calls:
+        assert set(call.maps) == ({Viewed()} if call.modality in kinds else set())
+        assert bool(call.view_tokens) == (call.modality in kinds)
+
+
+# -- relative positions
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("sizes", [(3, 2), (1, 2), (3, 1), (1, 1)])
+def test_views_add_the_bias_to_the_scores(
+    sizes: tuple[int, int], padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 3, 2, 7, 4, generator=generator)  # a class token and six others
+    bias = 3 * torch.randn(*sizes, 7, 7, generator=generator)
+    padding = torch.arange(6) >= torch.tensor([6, 4, 5])[:, None] if padded else None
+    scores = query @ key.mT * 0.5 + bias
+    if padding is not None:
+        scores[..., 1:] = scores[..., 1:].masked_fill(padding[:, None, None], -torch.inf)
+    dense = scores.softmax(dim=-1).mean(dim=1)[..., 1:]  # [W, 1 + Nv, Nv]
+    dense = dense / dense.sum(dim=-1, keepdim=True)
+    of_class, dense = dense[:, 0], dense[:, 1:]
+    counted = dense if padding is None else dense * ~padding[..., None]
+    picked = torch.tensor([[0, 3], [2, 2], [4, 1]])
+    rows = dense.gather(1, picked[..., None].expand(-1, -1, 6))
+    for most in (1, 1 << 20):  # a row at a time; all at once
+        monkeypatch.setattr(views, "_BLOCK_ELEMENTS_CPU", most)
+        view = views.StreamedView(query, key, None, 1, padding, bias)
+        torch.testing.assert_close(view.received(), counted.sum(dim=1))
+        torch.testing.assert_close(view.rows(picked), rows)
+        torch.testing.assert_close(view.class_row(), of_class)
