@@ -120,13 +120,14 @@ class PLPHP(Selective):
 
     def budget(self, candidates: Candidates) -> Budget:
         """What a balanced layer keeps; an attentive and an indifferent one are the bounds."""
-        spans = self._spans(candidates.layout).to(candidates.rows.device)[candidates.rows]
-        sizes = group_sizes(spans)
-        low, high = self.keep - self._shift(), self.keep + self._shift()
-        few, many = (round_share(share, sizes, self.least) for share in (low, high))
-        bounds = (int(one.reshape(-1, one.shape[-1])[0].sum()) for one in (few, many))
-        least, most = bounds
-        return Budget.of(spans, round_share(self.keep, sizes, self.least), least=least, most=most)
+        rows = candidates.rows if candidates.rows.ndim == 1 else candidates.rows[0]
+        spans = self._spans(candidates.layout).to(rows.device)[rows]  # heads differ in few
+        shift = self._shift()
+        shares = [[self.keep - shift], [self.keep], [self.keep + shift]]
+        shares = torch.tensor(shares, dtype=torch.float64, device=rows.device)
+        counts = round_share(shares, group_sizes(spans), self.least)  # [3, G]
+        least, total, most = counts.sum(dim=-1).tolist()
+        return Budget(spans.expand_as(candidates.rows), counts[1], total, least, most)
 
     def select(self, context: Context) -> Selection:
         rows, attention = context.rows, context[self.needs[0]][:, 0]  # [heads, N]
