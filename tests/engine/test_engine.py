@@ -189,6 +189,9 @@ def test_other_models_fail():
     [
         ("llava", "random(at=5)", "layers 0 to 4"),
         ("qwen2_audio", "vflowopt(keep=0.5)", "qwen2_audio has only audio tokens"),
+        ("llava", "random(on=audio)", "random prunes audio tokens, but llava has only image"),
+        ("qwen2_audio", "plphp(on=image/video)", "plphp prunes image and video tokens, but qwen2_"),
+        ("llava", "vflowopt(keep=0.5 on=audio)", "vflowopt prunes no tokens, but llava has only"),
         ("llava", 3, "made of methods, recipes and texts, got 3"),
     ],
 )
