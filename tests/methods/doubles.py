@@ -40,6 +40,7 @@ class DenseView(EncoderView):
     ) -> None:
         self.attention = attention
         self.views, self.tokens = attention.shape[:2]
+        self.has_class = class_row is not None or class_key is not None
         self.rows_asked = 0
         self._given = {"class_row": class_row, "keys": keys, "class_key": class_key, "grey": grey}
 

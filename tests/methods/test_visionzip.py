@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.contract.doubles import Spy
 from tests.contract.harness import model_of, prompt_of
 from tests.methods.doubles import DenseView, grid, input_context, join
 from tokenprune import prune
@@ -17,12 +18,7 @@ from tokenprune.core.recipe import Recipe
 from tokenprune.core.selection import Selection
 from tokenprune.core.site import Input
 from tokenprune.errors import RecipeError, UnsupportedModelError
-from tokenprune.methods.visionzip import (
-    ClassAttention,
-    EncoderKeys,
-    ReceivedAttention,
-    VisionZip,
-)
+from tokenprune.methods.visionzip import Dominance, EncoderKeys, VisionZip
 
 LAYOUT = join(grid(4, 5), grid(3, 3, 4, video=True))
 
@@ -178,15 +174,16 @@ def test_counts_are_exact(tokens: int) -> None:
 
 
 def test_what_is_read_of_the_encoder() -> None:
-    view = DenseView(
-        torch.tensor([[[0.9, 0.1], [0.6, 0.4]]]),
-        class_row=torch.tensor([[0.2, 0.8]]),
-        keys=torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]),
-    )
-    assert ReceivedAttention().of(view).tolist() == [[1.5, 0.5]]
-    assert torch.equal(ClassAttention().of(view), torch.tensor([[0.2, 0.8]]))
+    attention = torch.tensor([[[0.9, 0.1], [0.6, 0.4]]])
+    row, keys = torch.tensor([[0.2, 0.8]]), torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+    view, without = DenseView(attention, class_row=row, keys=keys), DenseView(attention, keys=keys)
+    assert Dominance("received").of(view).tolist() == [[1.5, 0.5]]
+    assert torch.equal(Dominance("class").of(view), row)
+    assert torch.equal(Dominance().of(view), row)
+    assert Dominance().of(without).tolist() == [[1.5, 0.5]]
     assert EncoderKeys().of(view).tolist() == [[[1, 2], [3, 4]]]
-    assert ClassAttention.class_token and not ReceivedAttention.class_token
+    assert Dominance("class").class_token
+    assert not Dominance("received").class_token and not Dominance().class_token
 
 
 @pytest.mark.parametrize("broken", ["scores", "keys"])
@@ -206,15 +203,28 @@ def test_towers_with_and_without_a_class_token() -> None:
         UnsupportedModelError, match="reads the encoder's class token, and the tower"
     ):
         with prune(other.model, "visionzip(dominance=class)"):
-            pass
+            raise AssertionError("entered")
+
+
+@pytest.mark.parametrize(("name", "same"), [("llava", "class"), ("qwen2_5_vl", "received")])
+@torch.no_grad()
+def test_the_class_token_asks_where_there_is_one(name: str, same: Any) -> None:
+    one, signals = model_of(name), (Dominance(), Dominance(same), Dominance("received"))
+    spy = Spy(Input(), signals)
+    with prune(one.model, spy):
+        one.model(**prompt_of(one))
+    [(_, found)] = spy.seen
+    either, expected, received = (found[signal] for signal in signals)
+    assert torch.equal(either, expected)
+    assert torch.equal(either, received) == (same == "received")
 
 
 def test_settings() -> None:
     stage = VisionZip()
     assert stage.site == Input() and not stage.text_dependent
     assert stage.acts_on == {"image", "video"}
-    assert stage.needs == (ReceivedAttention(), EncoderKeys())
-    assert VisionZip(dominance="class").needs == (ClassAttention(), EncoderKeys())
+    assert stage.needs == (Dominance(), EncoderKeys())
+    assert VisionZip(dominance="class").needs == (Dominance("class"), EncoderKeys())
     text = "visionzip(on=image keep=0.25 dominance=class targets=0.2 contextual=mean)"
     assert str(Recipe.parse(text)) == text
 
@@ -222,7 +232,11 @@ def test_settings() -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("dominance", "cls", 'dominance must be "received" or "class", got \'cls\''),
+        (
+            "dominance",
+            "cls",
+            'dominance must be "class" or "received", or none for what the tower has, got \'cls\'',
+        ),
         ("targets", 1.5, r"targets must be a share in \[0, 1\], got 1.5"),
         ("targets", "few", r"targets must be a share in \[0, 1\], got 'few'"),
         ("contextual", "max", 'contextual must be "sum" or "mean", got \'max\''),

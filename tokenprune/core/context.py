@@ -122,10 +122,16 @@ class EncoderView(ABC):
     A view is one image, tile, frame, sound or window of a sound. Nothing here ever holds
     `[Nv, Nv]` for all heads: rows are streamed in blocks. A class token takes part in the softmax;
     then its row and column are dropped and rows are normalised again. All results are float32.
+
+    Attributes:
+        views: `W`.
+        tokens: `Nv`, without a class token.
+        has_class: Whether the tower has a class token.
     """
 
     views: int
     tokens: int
+    has_class: bool
 
     @abstractmethod
     def received(self) -> Tensor:

@@ -1,7 +1,9 @@
 """Signals: what a stage asks the engine to collect for it, and reads as `context[signal]`.
 
 A stage names its signals in `needs`. They are checked before any work, and collected once, however
-many stages ask. A stage without signals decides by where tokens are alone, so a plan can run it.
+many stages ask. A stage without `needs` decides by where tokens are, and by what is free to read:
+`Hidden()` at the input and at layers, `Keys()` and `Values()` at a cache. If it reads none of these
+either, a plan can run it.
 """
 
 from __future__ import annotations
@@ -217,8 +219,14 @@ class EncoderSignal(Signal[Tensor]):
     per: ClassVar[Literal["token", "view"]] = "token"
     """"view" if `of` returns a vector for each view; then the signal is `[G, C]`, a vector for each
     image, frame or sound of the sample (`TokenLayout.spans`), the mean over its views."""
-    class_token: ClassVar[bool] = False
-    """Whether it reads the class token; towers without one are refused before any work."""
+
+    @property
+    def class_token(self) -> bool:
+        """Whether it must have a class token; towers without one are refused before any work.
+
+        What reads one only where there is one asks the view: `EncoderView.has_class`.
+        """
+        return False
 
     @abstractmethod
     def of(self, view: EncoderView) -> Tensor:

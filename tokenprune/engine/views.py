@@ -55,6 +55,7 @@ class StreamedView(EncoderView):
         self._key = key
         self._scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         self._prefix = prefix_tokens
+        self.has_class = prefix_tokens > 0
         self._padding = None if padding is None else padding.to(query.device)
         self.views, _, self.tokens, _ = self._query.shape
         whole = None if bias is None else bias.expand(*query.shape[:2], -1, -1)
@@ -101,8 +102,11 @@ class StreamedView(EncoderView):
 
     def _check_class(self) -> int:
         """1, the end of the first token, if it is a class token."""
-        if not self._prefix:
-            raise TypeError("a signal that reads the class token must say so: class_token = True")
+        if not self.has_class:
+            raise TypeError(
+                "this tower has no class token; a signal that must have one says so "
+                "(class_token = True), others look at view.has_class"
+            )
         return 1
 
     def _rows(self, query: Tensor, bias: Tensor | None) -> Tensor:

@@ -20,27 +20,30 @@ from tokenprune.core.site import Input
 from tokenprune.core.stage import Budgeted
 from tokenprune.errors import RecipeError, UnsupportedModelError
 
-__all__ = ["ClassAttention", "EncoderKeys", "ReceivedAttention", "VisionZip"]
+__all__ = ["Dominance", "EncoderKeys", "VisionZip"]
 
 Average = Literal["sum", "mean"]
+By = Literal["class", "received"]
 
 
 @dataclass(frozen=True)
-class ReceivedAttention(EncoderSignal):
-    """The attention that each token of a view receives from all of them."""
+class Dominance(EncoderSignal):
+    """The attention that each token of a view gets.
+
+    Args:
+        by: "class" for that of the class token; "received" for that of all tokens; None for
+            that of the class token where there is one, else of all tokens.
+    """
+
+    by: By | None = None
+
+    @property
+    def class_token(self) -> bool:
+        return self.by == "class"
 
     def of(self, view: EncoderView) -> Tensor:
-        return view.received()
-
-
-@dataclass(frozen=True)
-class ClassAttention(EncoderSignal):
-    """The attention that the class token of a view pays to each of its tokens."""
-
-    class_token = True
-
-    def of(self, view: EncoderView) -> Tensor:
-        return view.class_row()
+        of_class = view.has_class if self.by is None else self.class_token
+        return view.class_row() if of_class else view.received()
 
 
 @dataclass(frozen=True)
@@ -57,29 +60,29 @@ class VisionZip(Budgeted):
     """Keep the tokens that the encoder attends to most, and merge the others into a few.
 
     Method: VisionZip (https://arxiv.org/abs/2412.04467). In each image or frame the dominant tokens
-    are those that get most of the attention of the encoder's class token, or of all its tokens. Of
-    the others every so-many-th is a target; each other one goes to the target whose key, averaged
-    over heads, has the highest cosine with its own. A contextual token is its target plus the mean
-    of what went there, their sum; a target to which nothing went stays as it is. The question
-    plays no part.
+    are those that get most of the attention of the encoder's class token, or of all its tokens
+    where it has none. Of the others every so-many-th is a target; each other one goes to the target
+    whose key, averaged over heads, has the highest cosine with its own. A contextual token is its
+    target plus the mean of what went there, their sum; a target to which nothing went stays as it
+    is. The question plays no part.
 
     Where we deviate: the class token is no media token, so none of the dominant ones is it (one of
     the paper's 54 is); tokens are merged as they enter the language model, after the projector,
     not before it; keys and attention of tokens that a model pools are averaged; kept tokens stay at
     their original positions in their original order, contextual ones at that of their target, while
     the authors' code appends them; and it is the block whose output the model uses that is read.
-    Our choices: `dominance="received"` as default, since only some towers have a class token; one
-    share `targets` for all budgets, from the paper's 10 of 64, 20 of 128 and 30 of 192 (its Qwen
-    settings differ between releases); and `contextual="mean"`, the true average of a target and
-    what went there.
+    Our choices: one share `targets` for all budgets, from the paper's 10 of 64, 20 of 128 and 30 of
+    192 (its Qwen settings differ between releases); `dominance="received"` for towers with a class
+    token, too; and `contextual="mean"`, the true average of a target and what went there.
 
     Args:
         keep: Share or number of tokens kept of each group of `per`, contextual ones included, or
             one for each modality. 0.111 is the paper's 64 of 576.
         per: "prompt", "item", "frame" (an image is one too) or "second".
         on: "image" or "video" to prune these alone; None for both.
-        dominance: "received" for the attention of all tokens; "class" for that of the class token,
-            which towers such as CLIP have.
+        dominance: "class" for the attention of the class token, which towers such as CLIP have;
+            "received" for that of all tokens; None for "class" where there is a class token, else
+            "received".
         targets: Share of the kept tokens that are contextual; 0 merges nothing.
         contextual: "sum" as in the paper, or "mean".
 
@@ -89,7 +92,7 @@ class VisionZip(Budgeted):
 
     keep: Keep = 0.111
     per: Per = "frame"
-    dominance: Literal["received", "class"] = "received"
+    dominance: By | None = None
     targets: float = 0.15625
     contextual: Average = "sum"
 
@@ -98,17 +101,19 @@ class VisionZip(Budgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dominance not in ("received", "class"):
-            raise RecipeError(f'dominance must be "received" or "class", got {self.dominance!r}')
+        if self.dominance not in (None, "class", "received"):
+            raise RecipeError(
+                'dominance must be "class" or "received", or none for what the tower has, '
+                f"got {self.dominance!r}"
+            )
         if type(self.targets) not in (int, float) or not 0 <= self.targets <= 1:
             raise RecipeError(f"targets must be a share in [0, 1], got {self.targets!r}")
         if self.contextual not in ("sum", "mean"):
             raise RecipeError(f'contextual must be "sum" or "mean", got {self.contextual!r}')
 
     @property
-    def needs(self) -> tuple[EncoderSignal, EncoderSignal]:
-        dominance = ClassAttention() if self.dominance == "class" else ReceivedAttention()
-        return dominance, EncoderKeys()
+    def needs(self) -> tuple[Dominance, EncoderKeys]:
+        return Dominance(self.dominance), EncoderKeys()
 
     def select(self, context: Context) -> Selection:
         scores, keys = (context[signal] for signal in self.needs)  # [N], [N, d]
