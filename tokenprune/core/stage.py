@@ -33,7 +33,11 @@ class Method(ABC):
 
     @property
     def needs(self) -> tuple[Signal[Any], ...]:
-        """The signals that its stages read. One without any decides by where tokens are."""
+        """The signals that its stages read, beside those that are free.
+
+        Free are `Hidden()` at the input and at layers, `Keys()` and `Values()` at a cache. A stage
+        that reads none at all decides by where tokens are alone, so a plan can run it.
+        """
         return ()
 
     @property
