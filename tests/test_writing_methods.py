@@ -44,7 +44,7 @@ def test_all_blocks_run(namespace: dict[str, Any]) -> None:
     recipe, *_, error = namespace["printed"]
     [said] = re.findall(r"print\(error\)  # (.*)", PAGE)
     assert error == said
-    assert "short_keys(on=image keep=0.25 per=item)" in recipe
+    assert "short_keys(keep=0.25 on=image per=item)" in recipe
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,7 @@ def positions_logged(language_model: nn.Module) -> Iterator[PositionLog]:
         handle.remove()
 
 
+@torch.no_grad()
 def dense_logits(
     model: Any,
     inputs: Mapping[str, Any],
@@ -175,7 +176,6 @@ def dense_logits(
     return logits
 
 
-@torch.no_grad()
 def dense_run(
     model: Any,
     inputs: Mapping[str, Any],

@@ -76,6 +76,7 @@ class Dense:
     values: list[Tensor]
 
 
+@torch.no_grad()
 def dense(name: str, inputs: dict[str, Any], replay: Replay) -> Dense:
     model = eager(name).model
     entering: list[Tensor] = []

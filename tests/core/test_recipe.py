@@ -95,8 +95,8 @@ def test_every_setting_of_a_method_has_a_text(name: str) -> None:
             "random(keep.audio=3 seed=1 keep.image=0.5)",
             "random(keep.image=0.5 keep.audio=3 seed=1)",
         ),
-        ("random(on=audio/video)", "random(on=video/audio keep=0.5)"),
-        ("random(on=audio/)", "random(on=audio keep=0.5)"),
+        ("random(on=audio/video)", "random(keep=0.5 on=video/audio)"),
+        ("random(on=audio/)", "random(keep=0.5 on=audio)"),
         ("plphp(layers=1/2/)", "plphp(keep=0.4 layers=1/2)"),
         ("VFLOWOPT(keep=.2)", "vflowopt(keep=0.2)"),
     ],
@@ -140,8 +140,8 @@ def test_recipe_tells_a_count_from_a_share() -> None:
     ("text", "message"),
     [
         ("randm(keep=0.5)", f"no method 'randm'; known: {', '.join(method_summaries())}. A method"),
-        ("random(share=0.5)", "random has no setting 'share'; known: on, keep, per, at, seed"),
-        ("random(share.audio=0.5)", "random has no setting 'share'; known: on, keep"),
+        ("random(share=0.5)", "random has no setting 'share'; known: keep, on, per, at, seed"),
+        ("random(share.audio=0.5)", "random has no setting 'share'; known: keep, on"),
         (
             "mine.stage(keep=0.5)",
             "got 'mine.stage'; import the module in Python or by tokenprune --with MODULE",
@@ -328,7 +328,7 @@ def test_a_count_of_a_modality_is_told_from_a_share() -> None:
 def test_one_choice_of_modalities_has_one_form() -> None:
     assert Random(on="audio") == Random(on=("audio",))
     assert Random(on=("audio", "image")) == Random(on=("image", "audio", "image"))
-    assert str(Recipe(Random(on=("audio", "image")))) == "random(on=image/audio keep=0.5)"
+    assert str(Recipe(Random(on=("audio", "image")))) == "random(keep=0.5 on=image/audio)"
     assert Random(on=None).on is None
     for on in ((), "sound", ("image", "sound"), 3, {"audio": 0.5}):
         with pytest.raises(RecipeError, match="on must name some of image, video, audio, got"):

@@ -101,7 +101,10 @@ def test_a_bookmark_takes_state_and_prompts_back() -> None:
     stage = Counting(lives="sequence")
     one, cache, mark = two_prompts([stage], bookmark=True)
     sequence = cache.layers[0].sequence
-    assert [prompt.start for prompt in sequence.prompts] == [0, prompt_of(one)["input_ids"].shape[1]]
+    assert [prompt.start for prompt in sequence.prompts] == [
+        0,
+        prompt_of(one)["input_ids"].shape[1],
+    ]
     mark.restore()
     assert [prompt.start for prompt in sequence.prompts] == [0]
     with prune(one.model, stage), torch.no_grad():

@@ -144,5 +144,5 @@ def test_settings() -> None:
     stage = DivPrune()
     assert stage.keep == 0.098 and stage.site == Input()
     assert stage.needs == () and not stage.text_dependent
-    text = "divprune(on=image keep=0.25 per=frame)"
+    text = "divprune(keep=0.25 on=image per=frame)"
     assert str(Recipe.parse(text)) == text

@@ -87,7 +87,7 @@ def test_settings() -> None:
     assert Knorm(layers=(1, 2)).site == Cache((1, 2))
     assert Knorm(on="audio").acts_on == {"audio"}
     assert not Knorm().text_dependent
-    text = "knorm(on=video keep=0.25 layers=1/3)"
+    text = "knorm(keep=0.25 on=video layers=1/3)"
     assert str(Recipe.parse(text)) == text
 
 

@@ -119,7 +119,7 @@ def test_settings() -> None:
     assert stage.site == Cache((0, 2)) and stage.text_dependent
     assert stage.needs == (Attention(queries=32, reduce="mean", heads="mean"),)
     assert SnapKV(window="text").needs[0].queries == "text"
-    text = "snapkv(on=audio keep=0.25 layers=1/3 window=text kernel=7)"
+    text = "snapkv(keep=0.25 on=audio layers=1/3 window=text kernel=7)"
     assert str(Recipe.parse(text)) == text
 
 

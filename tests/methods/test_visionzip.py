@@ -225,7 +225,7 @@ def test_settings() -> None:
     assert stage.acts_on == {"image", "video"}
     assert stage.needs == (Dominance(), EncoderKeys())
     assert VisionZip(dominance="class").needs == (Dominance("class"), EncoderKeys())
-    text = "visionzip(on=image keep=0.25 dominance=class targets=0.2 contextual=mean)"
+    text = "visionzip(keep=0.25 on=image dominance=class targets=0.2 contextual=mean)"
     assert str(Recipe.parse(text)) == text
 
 

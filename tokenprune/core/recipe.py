@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from types import UnionType
-from typing import Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from tokenprune.core.context import ModelShape
 from tokenprune.core.registry import find_method
@@ -173,7 +173,7 @@ def _settings(inside: str, text: str) -> Iterator[tuple[str, Scalar | tuple[Scal
 
 
 def _build(method: type[Method], settings: dict[str, Value]) -> Method:
-    known = [field.name for field in fields(method)]  # type: ignore[arg-type]  # all are dataclasses
+    known = [field.name for field in _settings_of(method)]
     for name in settings:
         if name not in known:
             raise RecipeError(f"{method.name} has no setting {name!r}; known: {', '.join(known)}")
@@ -256,10 +256,15 @@ def _differs(value: Value, default: object) -> bool:
     return default is MISSING or value != default or type(value) is not type(default)
 
 
+def _settings_of(method: type[Method]) -> list[Field[Any]]:
+    """The settings of a method, its budget first."""
+    return sorted(fields(method), key=lambda one: one.name != "keep")  # type: ignore[arg-type]
+
+
 def _write_step(method: Method) -> str:
     changed = {
         field.name: getattr(method, field.name)
-        for field in fields(method)  # type: ignore[arg-type]
+        for field in _settings_of(type(method))
         if field.name == "keep" or _differs(getattr(method, field.name), field.default)
     }
     inside = " ".join(_write_setting(name, value) for name, value in changed.items())
