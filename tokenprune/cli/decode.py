@@ -22,6 +22,9 @@ def decode_video(
     end: Annotated[float | None, typer.Option(help="Seconds where to end.")] = None,
     size: Annotated[str | None, typer.Option(help="Height and width, such as 224x384.")] = None,
     workers: Annotated[int | None, typer.Option(help="Threads.", show_default="all cores")] = None,
+    stream: Annotated[
+        int | None, typer.Option(help="Which video stream, from 0.", show_default="the main one")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="An .npy file, or a folder for PNGs.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -36,5 +39,5 @@ def decode_video(
     from tokenprune.media.reader import VideoReader
     from tokenprune.media.save import decode_to
 
-    reader = VideoReader(file, workers=workers)
+    reader = VideoReader(file, workers=workers, stream=stream)
     show(decode_to(reader, out, frames=frames, fps=fps, start=start, end=end, size=wanted), as_json)

@@ -9,6 +9,8 @@ from tokenprune._lazy import lazy_names
 if TYPE_CHECKING:
     from tokenprune.media.index.build import index_video, probe
     from tokenprune.media.index.index import PacketIndex, VideoInfo
+    from tokenprune.media.index.source import Rendering
+    from tokenprune.media.index.streams import StreamInfo
     from tokenprune.media.message import read_message
     from tokenprune.media.read import read_video, stream_video
     from tokenprune.media.reader import VideoReader
@@ -23,8 +25,10 @@ __all__ = [
     "Clip",
     "PacketIndex",
     "PixelLimits",
+    "Rendering",
     "ShortestEdge",
     "SizeRule",
+    "StreamInfo",
     "Timings",
     "Video",
     "VideoInfo",
@@ -45,8 +49,10 @@ _MODULES = {
     "Clip": "video",
     "PacketIndex": "index.index",
     "PixelLimits": "size",
+    "Rendering": "index.source",
     "ShortestEdge": "size",
     "SizeRule": "sampling",
+    "StreamInfo": "index.streams",
     "Timings": "video",
     "Video": "video",
     "VideoInfo": "index.index",

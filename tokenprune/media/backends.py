@@ -147,6 +147,10 @@ class LibraryDecoder:
             return "the file is damaged, edited, or has times that do not tell frames apart"
         if not index.keyframe[0] or has_open_gops(index):
             return "frames shown before their keyframe are not known to come out right"
+        if sum(one.kind == "video" for one in info.streams) > 1:
+            return "of several video streams it might take another"
+        if info.mirrored:
+            return "its frames are stored mirrored, which it does not mend"
         return None
 
     def _read(self, ranks: Ints) -> Tensor:
@@ -155,7 +159,9 @@ class LibraryDecoder:
             frames, seconds = self._fetch(ranks.tolist())
         except Exception as failure:
             self._refuse(first_line(failure), failure)
-        if tuple(frames.shape) != (len(ranks), 3, info.height, info.width):
+        upright = info.stored_height, info.stored_width
+        upright = upright[::-1] if info.rotation in (90, 270) else upright
+        if tuple(frames.shape) != (len(ranks), 3, *upright):
             self._refuse(f"it gives frames {list(frames.shape)}")
         error = np.abs(seconds - info.start_seconds - self._index.seconds[ranks])
         if not error.max() <= TIME_SLACK_SECONDS:

@@ -5,6 +5,7 @@ from collections.abc import Generator, Sequence
 
 from tokenprune.media.backends import Backend
 from tokenprune.media.decode.pool import WorkerKind
+from tokenprune.media.index.source import References, Rendering
 from tokenprune.media.reader import TIMEOUT_SECONDS, VideoReader
 from tokenprune.media.sampling import Size
 from tokenprune.media.video import Video
@@ -26,6 +27,9 @@ def read_video(
     worker_kind: WorkerKind | None = None,
     backend: Backend = "pyav",
     timeout_seconds: float = TIMEOUT_SECONDS,
+    stream: int | None = None,
+    references: References | None = None,
+    rendering: Rendering | None = None,
 ) -> Video:
     """Decode chosen frames of a video file, exactly those, with little else decoded.
 
@@ -48,6 +52,9 @@ def read_video(
         worker_kind: "thread" (the default) or "process", see `VideoReader`.
         backend: what decodes: "pyav", "decord" or "torchcodec", see `VideoReader`.
         timeout_seconds: give up when no worker makes progress for so long.
+        stream: number of the video stream, see `VideoReader`.
+        references: which other files the file may refer to, see `VideoReader`.
+        rendering: how frames are to look; None means as they are meant to be seen.
 
     Returns:
         The frames, in the order asked for, with their times and ranks; `damaged` says how many are
@@ -62,6 +69,9 @@ def read_video(
         worker_kind=worker_kind,
         backend=backend,
         timeout_seconds=timeout_seconds,
+        stream=stream,
+        references=references,
+        rendering=rendering,
     )
     return reader.read(
         frames=frames, fps=fps, indices=indices, seconds=seconds, start=start, end=end, size=size
@@ -84,6 +94,9 @@ def stream_video(
     worker_kind: WorkerKind | None = None,
     backend: Backend = "pyav",
     timeout_seconds: float = TIMEOUT_SECONDS,
+    stream: int | None = None,
+    references: References | None = None,
+    rendering: Rendering | None = None,
 ) -> Generator[Video, None, None]:
     """Decode chosen frames in groups, in order, while the caller works on those before.
 
@@ -108,6 +121,9 @@ def stream_video(
         worker_kind=worker_kind,
         backend=backend,
         timeout_seconds=timeout_seconds,
+        stream=stream,
+        references=references,
+        rendering=rendering,
     )
     return reader.stream(
         group=group,

@@ -14,6 +14,7 @@ from tokenprune.media.decode.demux import IndexMismatch
 from tokenprune.media.decode.pool import DecodedGroup, FrameDecoder, WorkerKind
 from tokenprune.media.index.build import index_video
 from tokenprune.media.index.index import Ints, PacketIndex, VideoInfo
+from tokenprune.media.index.source import References, Rendering, Source
 from tokenprune.media.sampling import FrameRequest, Size, resolve_size
 from tokenprune.media.video import Timings, Video
 
@@ -46,6 +47,11 @@ class VideoReader:
             give right: others than plain MP4 and Matroska files are refused.
         timeout_seconds: give up when no worker makes progress for so long; indexing, and other
             backends, are not timed.
+        stream: number of the video stream among those of the file, from 0; None means the one that
+            players take: of those marked as default, else of all, the largest, else the first.
+        references: which other files it may refer to, as playlists do: "folder" for those in its
+            folder and below; None, the default, for none.
+        rendering: how frames are to look; None means as they are meant to be seen.
 
     Attributes:
         info: what the file holds.
@@ -64,7 +70,11 @@ class VideoReader:
         worker_kind: WorkerKind | None = None,
         backend: Backend = "pyav",
         timeout_seconds: float = TIMEOUT_SECONDS,
+        stream: int | None = None,
+        references: References | None = None,
+        rendering: Rendering | None = None,
     ) -> None:
+        self._source = Source(stream, references, rendering or Rendering())
         self._workers = worker_count(workers)
         self._kind = _check_kind(worker_kind)
         if worker_kind is not None and backend in LIBRARIES:
@@ -81,7 +91,14 @@ class VideoReader:
 
     def _index(self, path: str | os.PathLike[str], *, scan: bool = False) -> None:
         begin = time.perf_counter()
-        self.index = index_video(path, scan=scan)
+        source = self._source
+        self.index = index_video(
+            path,
+            scan=scan,
+            stream=source.stream,
+            references=source.references,
+            rendering=source.rendering,
+        )
         self.index_seconds = time.perf_counter() - begin
 
     @property

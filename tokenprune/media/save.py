@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from tokenprune.errors import MediaError
+from tokenprune.media.index.streams import StreamInfo
 from tokenprune.media.reader import VideoReader
 from tokenprune.media.sampling import Size
 from tokenprune.media.video import Video
@@ -38,6 +39,10 @@ class DecodeSummary:
         index_seconds: time spent on the index.
         decode_seconds: time waited for frames.
         out: where they were written, if anywhere.
+        stream: number of the stream they are of, among the file's video streams.
+        streams: all video and audio streams of the file.
+        displayed: height and width of the video, upright and of square pixels.
+        stored: height and width of a coded frame.
     """
 
     file: str
@@ -53,6 +58,10 @@ class DecodeSummary:
     index_seconds: float
     decode_seconds: float
     out: str | None
+    stream: int
+    streams: tuple[StreamInfo, ...]
+    displayed: tuple[int, int]
+    stored: tuple[int, int]
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
@@ -66,7 +75,16 @@ class DecodeSummary:
             f"decoded   {self.pictures_decoded} pictures from {self.bytes_read:,} bytes",
             f"seconds   index {self.index_seconds:.3f}, decoding {self.decode_seconds:.3f}",
         ]
+        if self.stored != self.displayed:
+            lines[0] += ", stored as {}x{}".format(*self.stored)
+        if sum(one.kind == "video" for one in self.streams) > 1:
+            lines.append("stream    " + "; ".join(map(str, self._ordered())))
         return "\n".join([*lines, f"out       {self.out}"] if self.out else lines)
+
+    def _ordered(self) -> list[StreamInfo]:
+        """Video streams, the one that was decoded first."""
+        videos = [one for one in self.streams if one.kind == "video"]
+        return sorted(videos, key=lambda one: one.number != self.stream)
 
     def _damaged_text(self) -> str:
         if not self.damaged:
@@ -125,6 +143,10 @@ def decode_to(
         index_seconds=reader.index_seconds,
         decode_seconds=sum(part.timings.decode_seconds for part in parts),
         out=None if out is None else str(out),
+        stream=reader.info.stream,
+        streams=reader.info.streams,
+        displayed=(reader.info.height, reader.info.width),
+        stored=(reader.info.stored_height, reader.info.stored_width),
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from tokenprune.errors import DecodeError
 from tokenprune.media.index.clock import MPEG_SYSTEMS
-from tokenprune.media.index.container import open_media, packets_of, video_stream
+from tokenprune.media.index.container import open_video, packets_of
 from tokenprune.media.index.index import NO_PTS, PacketIndex
 from tokenprune.media.index.intra_refresh import is_intra_refresh
 
@@ -160,8 +160,8 @@ class PacketReader:
         self._open()
 
     def _open(self) -> None:
-        self._container = self._stack.enter_context(open_media(self._index.info.path))
-        self._stream = video_stream(self._container)
+        opened = open_video(self._index.info.path, self._index.source)
+        self._container, self._stream = self._stack.enter_context(opened)
         self._packets = packets_of(self._container, self._stream)
         self._pushed_back = None
         self._sought = False

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from tokenprune.media.decode.damage import CountingTracker, DamageTracker, DecodedFrame
 from tokenprune.media.decode.plan import has_open_gops
-from tokenprune.media.index.container import open_media, packets_of, video_stream
+from tokenprune.media.index.container import open_video, packets_of
 from tokenprune.media.index.h264 import slice_count
-from tokenprune.media.index.index import Ints, PacketIndex
+from tokenprune.media.index.index import Ints, PacketIndex, VideoInfo
 
 __all__ = ["PacketDecoder", "Resizer", "Substitute", "Write", "fill"]
 
@@ -24,10 +24,15 @@ GBR = (1, 2, 0)  # planes of swscale's planar RGB, as channels
 
 
 class Resizer:
-    """Scales a decoded frame, converts it to RGB and rotates it upright, into `[3, H, W]`."""
+    """Scales a decoded frame, converts it to RGB and turns it upright, into `[3, H, W]`.
 
-    def __init__(self, size: tuple[int, int], rotation: int) -> None:
-        self._quarters = rotation // 90
+    Args:
+        size: height and width of what is delivered.
+        info: says how frames are to be turned.
+    """
+
+    def __init__(self, size: tuple[int, int], info: VideoInfo) -> None:
+        self._quarters, self._mirrored = info.rotation // 90, info.mirrored
         self._height, self._width = size if self._quarters % 2 == 0 else size[::-1]
         self._reformatter = VideoReformatter()
 
@@ -43,6 +48,7 @@ class Resizer:
         for plane, channel in zip(planar.planes, GBR, strict=True):
             lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
             upright = lines[: self._height, : self._width]  # lines are padded
+            upright = upright[:, ::-1] if self._mirrored else upright
             out[channel] = np.rot90(upright, self._quarters) if self._quarters else upright
 
 
@@ -60,8 +66,8 @@ class PacketDecoder:
     def __init__(self, index: PacketIndex, threads: int) -> None:
         self._index = index
         self._stack = ExitStack()
-        container = self._stack.enter_context(open_media(index.info.path))
-        stream = video_stream(container)
+        opened = open_video(index.info.path, index.source)
+        container, stream = self._stack.enter_context(opened)
         if threads > 1 and not _frame_threads_report_damage(container, stream, index):
             threads = 1
         self._context = stream.codec_context

@@ -1,45 +1,45 @@
 """Building the packet index, from an MP4's sample table or by demuxing the whole file."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from tokenprune.errors import DecodeError
 from tokenprune.media.index.clock import clock_jumps, clock_resets, frame_seconds, is_timed
-from tokenprune.media.index.container import geometry, is_skippable, open_media, video_stream
+from tokenprune.media.index.container import is_skippable, open_video
+from tokenprune.media.index.geometry import geometry
 from tokenprune.media.index.index import NO_PTS, PacketIndex, VideoInfo
 from tokenprune.media.index.mp4 import sample_table
 from tokenprune.media.index.scan import Columns, PacketScan
+from tokenprune.media.index.source import References, Rendering, Source
+from tokenprune.media.index.streams import list_streams
 
 __all__ = ["index_video", "probe"]
 
 
-def index_video(path: str | os.PathLike[str], *, scan: bool = False) -> PacketIndex:
+def index_video(
+    path: str | os.PathLike[str],
+    *,
+    scan: bool = False,
+    stream: int | None = None,
+    references: References | None = None,
+    rendering: Rendering | None = None,
+) -> PacketIndex:
     """Index the packets of a video file; only its first frame is decoded, for size and rotation.
 
     Args:
         path: a local file.
         scan: demux all packets even if the file has a table of them.
+        stream: see `VideoReader`.
+        references: see `VideoReader`.
+        rendering: see `VideoReader`.
 
     Raises:
         MediaError: the file is missing, empty, not media, without video, or without frames.
     """
-    with open_media(path) as container:
-        stream = video_stream(container)
-        table = None if scan else sample_table(container.name, stream)
-        packets = PacketScan(stream)
-        columns = packets.read_all(container) if table is None else packets.check(container, table)
-        if columns is None:
-            return index_video(path, scan=True)
-        if not len(columns.shown):
-            raise DecodeError(f"{container.name!r} has a video stream but no frames in it")
-        index = _build(container, stream, packets, columns, scanned=table is None)
-    if not index.info.width or not index.info.height:
-        raise DecodeError(
-            f"{index.info.path!r}: no frame of its video can be decoded; convert it, to H.264 say"
-        )
-    return index
+    return _index(path, Source(stream, references, rendering or Rendering()), scan=scan)
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
@@ -51,8 +51,31 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     return index_video(path).info
 
 
+def _index(path: str | os.PathLike[str], source: Source, *, scan: bool) -> PacketIndex:
+    with open_video(path, source) as (container, stream):
+        table = None if scan else sample_table(container.name, stream)
+        packets = PacketScan(stream)
+        columns = packets.read_all(container) if table is None else packets.check(container, table)
+        if columns is None:
+            return _index(path, source, scan=True)
+        if not len(columns.shown):
+            raise DecodeError(f"{container.name!r} has a video stream but no frames in it")
+        index = _build(container, stream, packets, columns, source, scanned=table is None)
+    if not index.info.width or not index.info.height:
+        raise DecodeError(
+            f"{index.info.path!r}: no frame of its video can be decoded; convert it, to H.264 say"
+        )
+    return index
+
+
 def _build(
-    container: Any, stream: Any, packets: PacketScan, columns: Columns, *, scanned: bool
+    container: Any,
+    stream: Any,
+    packets: PacketScan,
+    columns: Columns,
+    source: Source,
+    *,
+    scanned: bool,
 ) -> PacketIndex:
     pts, dts, shown, keyframe = columns.pts, columns.dts, columns.shown, columns.keyframe
     tick, form = float(stream.time_base), container.format.name
@@ -73,19 +96,26 @@ def _build(
     last = int(columns.duration[order[-1]]) * tick
     duration = float(seconds[-1]) + (last if timed and last > 0 else step)
 
-    width, height, rotation = geometry(stream, packets.first_frame)
+    sizes = geometry(stream, packets.first_frame, source.rendering.aspect)
+    number = list(container.streams.video).index(stream)
     info = VideoInfo(
         path=container.name,
         duration_seconds=duration,
         frame_count=len(order),
         average_fps=len(order) / duration,
-        width=width,
-        height=height,
+        width=sizes.width,
+        height=sizes.height,
         codec=stream.codec_context.name,
         container=form,
         has_audio=len(container.streams.audio) > 0,
-        rotation=rotation,
+        rotation=sizes.orientation.rotation,
         start_seconds=float(pts[order[0]] * tick) if pts[order[0]] != NO_PTS else 0.0,
+        mirrored=sizes.orientation.mirrored,
+        stored_width=sizes.stored_width,
+        stored_height=sizes.stored_height,
+        pixel_aspect=sizes.pixel_aspect,
+        stream=number,
+        streams=list_streams(container),
     )
     return PacketIndex(
         info=info,
@@ -101,4 +131,5 @@ def _build(
         skippable=timed and is_skippable(stream),
         error=packets.error,
         scanned=scanned,
+        source=replace(source, stream=number),
     )

@@ -9,16 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokenprune.errors import DecodeError, MediaError, NoVideoStreamError
+from tokenprune.errors import DecodeError, MediaError
+from tokenprune.media.index.source import Source
+from tokenprune.media.index.streams import video_stream
 
 __all__ = [
     "check_file",
-    "geometry",
     "is_hidden",
     "is_skippable",
     "open_media",
+    "open_video",
     "packets_of",
-    "video_stream",
 ]
 
 
@@ -63,30 +64,11 @@ def check_file(path: str | os.PathLike[str]) -> None:
         raise DecodeError(f"{name!r} is empty; give a media file")
 
 
-def video_stream(container: Any) -> Any:
-    """The first video stream that is not an attached cover picture.
-
-    Raises:
-        NoVideoStreamError: there is none.
-        DecodeError: FFmpeg has no decoder for it.
-    """
-    import av
-
-    covers = 0
-    for stream in container.streams.video:
-        if stream.disposition & av.stream.Disposition.attached_pic:
-            covers += 1
-        elif stream.codec_context is None:
-            raise DecodeError(
-                f"{container.name!r}: no decoder for its video stream; convert it, to H.264 say"
-            )
-        else:
-            # Else a frame whose hash SEI does not fit is concealed and not reported.
-            if stream.codec_context.name == "hevc":
-                stream.codec_context.options = {"err_detect": "crccheck+explode"}
-            return stream
-    what = "only a cover picture" if covers else "only sound" if container.streams.audio else "none"
-    raise NoVideoStreamError(f"{container.name!r} has no video stream ({what}); give a video file")
+@contextmanager
+def open_video(path: str | os.PathLike[str], source: Source) -> Iterator[tuple[Any, Any]]:
+    """Open a file, and give its container and the video stream that is to be read."""
+    with open_media(path) as container:
+        yield container, video_stream(container, source.stream)
 
 
 def packets_of(container: Any, stream: Any) -> Iterator[Any]:
@@ -100,16 +82,6 @@ def packets_of(container: Any, stream: Any) -> Iterator[Any]:
 def is_hidden(stream: Any, packet: Any) -> bool:
     """Whether a packet is never shown: VP8 marks alternate reference frames in their data only."""
     return stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
-
-
-def geometry(stream: Any, frame: Any) -> tuple[int, int, int]:
-    """Displayed width and height, and rotation, from the first frame if one could be decoded."""
-    if frame is None:
-        return stream.codec_context.width, stream.codec_context.height, 0
-    rotation = round(frame.rotation / 90) % 4 * 90
-    if rotation in (90, 270):
-        return frame.height, frame.width, rotation
-    return frame.width, frame.height, rotation
 
 
 def is_skippable(stream: Any) -> bool:

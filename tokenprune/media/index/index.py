@@ -10,6 +10,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenprune.media.index.source import Source
+from tokenprune.media.index.streams import StreamInfo
+
 __all__ = ["NO_PTS", "Bools", "Ints", "PacketIndex", "VideoInfo"]
 
 Ints = NDArray[np.int64]
@@ -28,14 +31,20 @@ class VideoInfo:
         duration_seconds: from the first frame to the end of the last one.
         frame_count: number of shown frames, counted, not declared.
         average_fps: `frame_count / duration_seconds`.
-        width: pixels of a row as displayed, after rotation.
-        height: pixels of a column as displayed, after rotation.
+        width: pixels of a row as displayed: turned upright, and of square pixels.
+        height: pixels of a column as displayed.
         codec: name of the video decoder, such as `h264`.
         container: FFmpeg's name of the file format, such as `mov,mp4,m4a,3gp,3g2,mj2`.
         has_audio: whether there is an audio track.
         rotation: degrees by which coded frames are turned counterclockwise: 0, 90, 180, 270.
         start_seconds: PTS of the first frame, in seconds of the file's own clock; all other times
             of this package count from that frame.
+        mirrored: whether coded frames are mirrored, left to right, before they are turned.
+        stored_width: pixels of a row as coded.
+        stored_height: pixels of a column as coded.
+        pixel_aspect: width of a coded pixel by its height.
+        stream: number of the stream that is read, among the file's video streams.
+        streams: all video and audio streams of the file.
     """
 
     path: str
@@ -49,6 +58,12 @@ class VideoInfo:
     has_audio: bool
     rotation: int
     start_seconds: float
+    mirrored: bool = False
+    stored_width: int = 0
+    stored_height: int = 0
+    pixel_aspect: float = 1.0
+    stream: int = 0
+    streams: tuple[StreamInfo, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -74,6 +89,7 @@ class PacketIndex:
         error: why the scan ended before the end of the file, or None.
         scanned: whether all packets were demuxed; otherwise the file's own sample table was
             believed, and each packet is compared with it when it is decoded.
+        source: which stream this is, and how its frames are to look.
     """
 
     info: VideoInfo
@@ -89,6 +105,7 @@ class PacketIndex:
     skippable: bool
     error: str | None
     scanned: bool = True
+    source: Source = Source()
 
     def __repr__(self) -> str:
         info = self.info

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokenprune.errors import DecodeError, MediaError
 from tokenprune.media.index.container import open_media, packets_of
+from tokenprune.media.index.streams import audio_stream
 
 __all__ = ["Samples", "read_audio"]
 
@@ -30,7 +31,8 @@ def read_audio(
     path: str | os.PathLike[str],
     *,
     sampling_rate: int = 16000,
-    track: int = 0,
+    track: int | None = None,
+    language: str | None = None,
     start_seconds: float | None = None,
     start: float | None = None,
     end: float | None = None,
@@ -45,7 +47,9 @@ def read_audio(
     Args:
         path: a local file, with or without video.
         sampling_rate: samples per second.
-        track: which of the file's audio tracks.
+        track: number of the track among those of the file, from 0; None means the one that players
+            take: of those marked as default, else of all, the one of most channels, else the first.
+        language: of the track, as the file names it ("eng"), in the place of its number.
         start_seconds: where on the file's own clock the samples are to begin (a video's
             `start_seconds` keeps them in step with the frames): what comes before is left out, and
             silence stands in for what the track lacks. None: where the track begins.
@@ -61,24 +65,17 @@ def read_audio(
         MediaError: the file cannot be read, or has no such track, or no such part of it.
     """
     _check_part(start, end)
+    if track is not None and language is not None:
+        raise MediaError(f"give track or language, got both ({track} and {language!r})")
     if sampling_rate < 1:
         raise MediaError(f"sampling_rate must be at least 1 per second, got {sampling_rate}")
     with open_media(path) as container:
-        tracks = container.streams.audio
-        if not tracks:
-            raise MediaError(f"{container.name!r} has no sound track; give a file with sound")
-        if not 0 <= track < len(tracks):
-            raise MediaError(
-                f"track must be from 0 to {len(tracks) - 1} in {container.name!r}, got {track}"
-            )
-        stream = tracks[track]
-        if stream.codec_context is None:
-            raise DecodeError(f"{container.name!r}: no decoder for its sound track {track}")
+        stream = audio_stream(container, track, language)
         stream.codec_context.thread_type = "NONE"
         frames = _frames(container, stream)
         first = next(frames, None)
         if first is None:
-            raise DecodeError(f"{container.name!r}: nothing of sound track {track} can be decoded")
+            raise DecodeError(f"{container.name!r}: nothing of its sound can be decoded")
         known = start_seconds is not None and first.time is not None
         lead = round((first.time - start_seconds) * sampling_rate) if known else 0
         begin = round((start or 0.0) * sampling_rate)

@@ -1,0 +1,53 @@
+"""What of a file is read, and how its frames are to look: settings of a reader."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tokenprune.errors import MediaError
+from tokenprune.media.index.geometry import Aspect
+
+__all__ = ["References", "Rendering", "Source"]
+
+References = Literal["folder"]
+"""Which other files a file may refer to: those in its folder, and in folders below that."""
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How coded frames are rendered to pictures; without arguments, as they are meant to be seen.
+
+    Attributes:
+        aspect: "displayed" widens frames whose pixels are not square; "stored" leaves them.
+
+    Raises:
+        MediaError: an aspect that there is not.
+    """
+
+    aspect: Aspect = "displayed"
+
+    def __post_init__(self) -> None:
+        if self.aspect not in get_args(Aspect):
+            raise MediaError(f'aspect must be "displayed" or "stored", got {self.aspect!r}')
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which stream of a file is read, and how.
+
+    Attributes:
+        stream: number of the video stream among the file's video streams; None for the one that
+            players take.
+        references: which other files it may refer to; None for none.
+        rendering: how its frames are to look.
+    """
+
+    stream: int | None = None
+    references: References | None = None
+    rendering: Rendering = Rendering()
+
+    def __post_init__(self) -> None:
+        if self.references not in (None, *get_args(References)):
+            raise MediaError(f'references must be "folder" or None, got {self.references!r}')
+        number = self.stream
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+            raise MediaError(f"stream must be the number of a video stream, from 0, got {number!r}")
