@@ -15,9 +15,10 @@ from tokenprune.core.registry import method
 from tokenprune.core.selection import Selection
 from tokenprune.core.selectors import top_per_group
 from tokenprune.core.signal import Attention
-from tokenprune.core.site import Cache, Site
+from tokenprune.core.site import Site
 from tokenprune.core.stage import Selective
 from tokenprune.errors import RecipeError
+from tokenprune.methods._caches import Layers, caches
 
 __all__ = ["PLPHP"]
 
@@ -73,7 +74,7 @@ class PLPHP(Selective):
     shift: float | None = None
     alpha: float | None = None
     beta: float | None = None
-    layers: int | tuple[int, ...] | None = None
+    layers: Layers = None
     span: Literal["image-or-frame", "item"] = "image-or-frame"
     least: int = 1
 
@@ -91,9 +92,7 @@ class PLPHP(Selective):
                 f"it are shares, got {self.shift!r}"
             )
         self._check_thresholds()
-        layers = (self.layers,) if isinstance(self.layers, int) else self.layers
-        if layers is not None and not (layers and all(isinstance(x, int) for x in layers)):
-            raise RecipeError(f"layers must be decoder layers or none for all, got {layers!r}")
+        caches(self.layers)
         if self.span not in ("image-or-frame", "item"):
             raise RecipeError(f'span must be "image-or-frame" or "item", got {self.span!r}')
         if not isinstance(self.least, int) or self.least < 1:
@@ -112,7 +111,7 @@ class PLPHP(Selective):
 
     @property
     def site(self) -> Site:
-        return Cache((self.layers,) if isinstance(self.layers, int) else self.layers)
+        return caches(self.layers)
 
     @property
     def needs(self) -> tuple[Attention]:
@@ -122,9 +121,8 @@ class PLPHP(Selective):
         """What a balanced layer keeps; an attentive and an indifferent one are the bounds."""
         rows = candidates.rows if candidates.rows.ndim == 1 else candidates.rows[0]
         spans = self._spans(candidates.layout).to(rows.device)[rows]  # heads differ in few
-        shift = self._shift()
-        shares = [[self.keep - shift], [self.keep], [self.keep + shift]]
-        shares = torch.tensor(shares, dtype=torch.float64, device=rows.device)
+        rates = self.keep - self._shift(), self.keep, self.keep + self._shift()
+        shares = torch.tensor(rates, dtype=torch.float64, device=rows.device)[:, None]
         counts = round_share(shares, group_sizes(spans), self.least)  # [3, G]
         least, total, most = counts.sum(dim=-1).tolist()
         return Budget(spans.expand_as(candidates.rows), counts[1], total, least, most)
