@@ -366,6 +366,7 @@ def test_layers() -> None:
         ({"least": 0}, "least must be a count of at least 1, got 0"),
         ({"layers": ()}, r"layers must be decoder layers or none for all, got \(\)"),
         ({"layers": "all"}, "layers must be decoder layers or none for all, got 'all'"),
+        ({"layers": True}, "layers must be decoder layers or none for all, got True"),
     ],
 )
 def test_plphp_fails(settings: Any, message: str) -> None:

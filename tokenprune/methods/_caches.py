@@ -1,4 +1,4 @@
-"""What methods share that score the entries of caches."""
+"""What methods share that prune the caches of some layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ from tokenprune.core.site import Cache, Site
 from tokenprune.core.stage import Budgeted, Scored
 from tokenprune.errors import RecipeError
 
-__all__ = ["ScoredCache"]
+__all__ = ["ScoredCache", "caches"]
+
+
+def caches(layers: int | tuple[int, ...] | None) -> Cache:
+    """The caches of some decoder layers, from 0; of all for None.
+
+    Raises:
+        RecipeError: These are no layers.
+    """
+    several = (layers,) if isinstance(layers, int) else layers
+    if several is not None and not (several and all(type(x) is int for x in several)):
+        raise RecipeError(f"layers must be decoder layers or none for all, got {layers!r}")
+    return Cache(several)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +35,8 @@ class ScoredCache(Scored, Budgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layers is not None and not (
-            self._layers and all(type(x) is int for x in self._layers)
-        ):
-            raise RecipeError(f"layers must be decoder layers or none for all, got {self.layers!r}")
+        caches(self.layers)
 
     @property
     def site(self) -> Site:
-        return Cache(self._layers)
-
-    @property
-    def _layers(self) -> tuple[int, ...] | None:
-        return (self.layers,) if isinstance(self.layers, int) else self.layers
+        return caches(self.layers)

@@ -18,7 +18,7 @@ from tokenprune.core.signal import Attention
 from tokenprune.core.site import Site
 from tokenprune.core.stage import Selective
 from tokenprune.errors import RecipeError
-from tokenprune.methods._caches import Layers, caches
+from tokenprune.methods._caches import caches
 
 __all__ = ["PLPHP"]
 
@@ -74,7 +74,7 @@ class PLPHP(Selective):
     shift: float | None = None
     alpha: float | None = None
     beta: float | None = None
-    layers: Layers = None
+    layers: int | tuple[int, ...] | None = None
     span: Literal["image-or-frame", "item"] = "image-or-frame"
     least: int = 1
 
