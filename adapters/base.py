@@ -14,6 +14,7 @@ from tokenprune.adapters._wrapped import unwrapped
 from tokenprune.core.context import ModelShape
 from tokenprune.core.layout import Modality
 from tokenprune.core.registry import Registry
+from tokenprune.core.signal import EncoderSignal
 from tokenprune.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -47,13 +48,15 @@ class MediaCall:
     Attributes:
         modality: What was encoded.
         arguments: The bound arguments of `get_image_features` and its kin.
-        maps: By the name of an encoder stage: one float32 map a view, in encoding order.
+        maps: By encoder signal: what it made of each view, in encoding order.
+        view_tokens: Tokens of each view that was read.
         items: What it encoded; filled in by `engine.layouts.lay_out`.
     """
 
     modality: Modality
     arguments: dict[str, Any]
-    maps: dict[str, list[Tensor]] = field(default_factory=dict)
+    maps: dict[EncoderSignal, list[Tensor]] = field(default_factory=dict)
+    view_tokens: list[int] = field(default_factory=list)
     items: list[Item] = field(default_factory=list)
 
 
@@ -129,10 +132,12 @@ class Tower:
     Attributes:
         block: The block whose output becomes the features; its attention is read.
         prefix_tokens: Leading tokens of each view that are no patches (a class token).
+        biased: Whether its mask adds relative positions to the scores.
     """
 
     block: nn.Module
     prefix_tokens: int = 0
+    biased: bool = False
 
 
 class Adapter(ABC):

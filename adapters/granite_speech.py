@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from tokenprune.adapters._audio import MEL_SECONDS
-from tokenprune.adapters.base import Adapter, Item, MediaCall
+from tokenprune.adapters._audio import MEL_SECONDS, padding_after
+from tokenprune.adapters.base import Adapter, Item, MediaCall, Tower
 from tokenprune.core.layout import Modality
 
 __all__ = ["GraniteSpeech"]
@@ -20,8 +20,7 @@ STATE_SECONDS: Final = 2 * MEL_SECONDS
 class GraniteSpeech(Adapter):
     """Granite Speech. Tokens of a window all attend to all of it: they have its frame and time.
 
-    The encoder adds relative positions to its scores, which queries and keys do not tell: there is
-    no tower to read.
+    The encoder attends in blocks, the last one padded; a view is one of them.
     """
 
     model_types = ("granite_speech",)
@@ -39,6 +38,16 @@ class GraniteSpeech(Adapter):
         frames = [torch.arange(count) // queries for count in tokens]
         return [Item.audio(frame * (window * STATE_SECONDS), frame) for frame in frames]
 
+    def tower(self, modality: Modality) -> Tower | None:
+        encoder: Any = self.base_model.get_submodule("encoder")
+        return Tower(encoder.layers[-1], biased=True)
+
+    def padding(self, call: MediaCall) -> Tensor | None:
+        features: Tensor = call.arguments["input_features"]
+        block = self.config.encoder_config.context_size
+        starts = torch.arange(0, features.shape[1], block, device=features.device)
+        return padding_after((features.shape[1] - starts).repeat(len(features)), block)
+
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
         """As in the base; each token of a window has the mean of its states, which is our choice.
 
@@ -47,7 +56,6 @@ class GraniteSpeech(Adapter):
         features: Tensor = call.arguments["input_features"]
         window = self.config.window_size
         queries = window // self.config.downsample_rate
-        # The encoder attends in blocks, the last one padded.
         sounds = torch.stack(maps).reshape(len(features), -1, *maps[0].shape[1:])
         aligned = []
         for states, item in zip(sounds[:, : features.shape[1]], call.items, strict=True):

@@ -42,8 +42,8 @@ class Phi4Multimodal(Adapter):
     Maps are of attention in both directions, as the tower was trained. Where no patch of a call is
     padding, transformers 5.23 runs this tower with a causal mask (not with eager attention).
 
-    The encoder of sounds adds relative positions to its scores, which queries and keys do not tell:
-    there is no tower of audio to read.
+    The encoder of sounds attends to padding, too, if a little less; views are sounds, or 40 seconds
+    of a longer one.
     """
 
     model_types = ("phi4_multimodal",)
@@ -76,9 +76,9 @@ class Phi4Multimodal(Adapter):
         return [_image(tiles, self._side()) for tiles in self._tiles(call)]
 
     def tower(self, modality: Modality) -> Tower | None:
-        if modality == "audio":
-            return None
         base: Any = self.base_model
+        if modality == "audio":
+            return Tower(base.embed_tokens_extend.audio_embed.encoder.encoders[-1], biased=True)
         layers = base.embed_tokens_extend.image_embed.img_processor.encoder.layers
         # Entry 0 of the hidden states is the embeddings.
         layer = self.config.vision_config.feature_layer

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.adapters._audio import convolved
+from tokenprune.adapters._audio import audio_tower, convolved
 from tokenprune.adapters._maps import join_neighbours
 from tokenprune.adapters.base import Item, MediaCall, Tower
 from tokenprune.adapters.qwen2_5_vl import Qwen2_5VL
@@ -34,7 +34,7 @@ class Qwen2_5Omni(Qwen2_5VL):
         return audio_items(self._mel_frames(call))
 
     def tower(self, modality: Modality) -> Tower | None:
-        return None if modality == "audio" else super().tower(modality)
+        return audio_tower(self.base_model) if modality == "audio" else super().tower(modality)
 
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
         if call.modality != "audio":

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from tokenprune.adapters._audio import MEL_SECONDS
+from tokenprune.adapters._audio import MEL_SECONDS, audio_tower
 from tokenprune.adapters.base import Item, MediaCall, Tower
 from tokenprune.adapters.qwen3_vl import Qwen3VL
 from tokenprune.core.layout import Modality
@@ -37,7 +37,7 @@ class Qwen3OmniMoe(Qwen3VL):
         return [Item.audio(_seconds(count, chunk)) for count in mask.sum(dim=-1).tolist()]
 
     def tower(self, modality: Modality) -> Tower | None:
-        return None if modality == "audio" else super().tower(modality)
+        return audio_tower(self.base_model) if modality == "audio" else super().tower(modality)
 
     def align(self, call: MediaCall, maps: list[Tensor]) -> list[Tensor]:
         if call.modality != "audio":

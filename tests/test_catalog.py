@@ -37,22 +37,6 @@ def test_model_types_are_those_of_the_registry() -> None:
     assert model_types() == list(list_models())
 
 
-def test_classes_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "__init__.py").write_text("raise RuntimeError('imported')")
-    (tmp_path / "own" / "methods.py").write_text(
-        "class _Base(stage.Stage, part=True):\n    '''A part.'''\n"
-        "class Deep(_Base):\n    '''\n    Go deep.\n\n    And on.\n    '''\n"
-        "class Flat(Method, part=False): ...\n"
-        "class Helper(NamedTuple):\n    '''No method.'''\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("tokenprune.catalog.METHODS", "own")
-
-    assert method_summaries() == {"deep": "Go deep.", "flat": ""}
-    assert "own" not in sys.modules
-
-
 def test_methods_are_told_by_their_decorator(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,15 +66,11 @@ def test_the_method_to_add_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(METHODS, "claims", {})  # it is not there for other tests
     lines = [
         "from dataclasses import dataclass",
-        "from tokenprune.core.layout import TokenLayout",
         "from torch import Tensor",
-        "from tokenprune.core.budget import Budget, allocate",
+        "from tokenprune.core.context import Context",
         "from tokenprune.core.registry import method",
-        "from tokenprune.core.selection import Selection",
-        "from tokenprune.core.context import CacheContext",
-        "from tokenprune.core.site import Cache, Site",
-        "from tokenprune.core.stage import Stage",
-        "from tokenprune.core.selectors import top_per_group",
+        "from tokenprune.core.site import Cache",
+        "from tokenprune.core.stage import Budgeted, Scored",
         BLOCKS[3],
     ]
     names: dict[str, type[Method]] = {}
@@ -83,6 +79,7 @@ def test_the_method_to_add_works(monkeypatch: pytest.MonkeyPatch) -> None:
     with prune(tiny.model, names["KeyNorm"](keep=0.25)) as report:  # type: ignore[call-arg]
         tiny.model.generate(**tiny.inputs(), max_new_tokens=2, suppress_tokens=tiny.suppress)
     assert report.media_tokens.per_site == {Cache(): 8.0}
+    assert report.recipe == "keynorm(keep=0.25)"
 
 
 def test_every_method_is_listed() -> None:

@@ -30,9 +30,6 @@ METHODS, ADAPTERS = "tokenprune.methods", "tokenprune.adapters"
 GROUPS = {"method": "tokenprune.methods", "model": "tokenprune.models"}
 """Groups of entry points by which other packages add methods and model families."""
 
-_BASES = {"EncoderStage", "Method", "Stage"}
-"""Classes of `core` whose subclasses are registered, if they are not declared a part."""
-
 
 @dataclass(frozen=True)
 class Plugin:
@@ -71,14 +68,7 @@ class Clash:
 
 def method_summaries() -> dict[str, str]:
     """The first docstring line of each method of the library, by name, sorted."""
-    classes = {node.name: node for node in _classes(METHODS)}
-    named = {name: node for node in classes.values() if (name := _declared_name(node))}
-    if not named:
-        named = {
-            name.lower(): node
-            for name, node in classes.items()
-            if _descends(node, classes) and not _is_part(node)
-        }
+    named = {name: node for node in _classes(METHODS) if (name := _declared_name(node))}
     found = {
         name: (ast.get_docstring(node) or "").partition("\n")[0] for name, node in named.items()
     }
@@ -149,15 +139,3 @@ def _declared_name(node: ast.ClassDef) -> str | None:
             ):
                 return name
     return None
-
-
-def _descends(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> bool:
-    """Whether a class is below one of `_BASES`, be it by way of others in `classes`."""
-    bases = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
-    return bool(bases & _BASES) or any(
-        _descends(classes[one], classes) for one in bases & {*classes}
-    )
-
-
-def _is_part(node: ast.ClassDef) -> bool:
-    return any(one.arg == "part" and ast.unparse(one.value) == "True" for one in node.keywords)

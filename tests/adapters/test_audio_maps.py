@@ -19,27 +19,23 @@ from torch import Tensor, nn
 
 from tests.adapters.test_adapters import CHANNELS, passed_on, watching
 from tests.adapters.test_audio_layouts import EARS
+from tests.contract.doubles import Spy, Viewed
 from tests.releases import OLD, UNUSABLE
 from tests.tiny import AUDIO, Tiny, build, decoder_of, family_of
 from tests.tiny.base import noise, prompt
 from tests.tiny.hearing import mask_of
 from tokenprune import prune
 from tokenprune.adapters.base import Adapter, MediaCall, adapter_for
-from tokenprune.core.layout import TokenLayout
-from tokenprune.core.selection import Selection
-from tokenprune.core.site import Input, Site
-from tokenprune.core.stage import EncoderStage, Stage
+from tokenprune.core.context import EncoderView
+from tokenprune.core.layout import Modality
+from tokenprune.core.signal import EncoderSignal
+from tokenprune.core.site import Input
+from tokenprune.engine import encoders, views
 from tokenprune.engine.layouts import lay_out
+from tokenprune.report.report import Report
 
 BLOCKS = {name: f"{ear.blocks}.1" for name, ear in EARS.items()}
 """The last block of each tower."""
-
-READ = {
-    "audioflamingo3",
-    "qwen2_audio",
-    "voxtral",
-}
-"""Families whose audio towers show their attention."""
 
 HEARING = [name for name in EARS if family_of(name) not in UNUSABLE]
 
@@ -308,42 +304,57 @@ def test_align_keeps_a_constant_sound(name: str) -> None:
 def test_audio_towers_are_the_last_blocks(name: str) -> None:
     adapter = adapter_for(build(name).model)
     tower = adapter.tower("audio")
-    if family_of(name) in READ:
-        assert tower is not None
-        assert tower.block is adapter.base_model.get_submodule(BLOCKS[name])
-        assert tower.prefix_tokens == 0
-    else:
-        assert tower is None
+    assert tower is not None
+    assert tower.block is adapter.base_model.get_submodule(BLOCKS[name])
+    assert tower.prefix_tokens == 0
     assert all(adapter.tower(one) for one in adapter.modalities if one != "audio")
 
 
 # -- attention
-
-READABLE = [(name, kind) for name, kind in CASES if family_of(name) in READ]
 
 
 def weights_of(name: str, inputs: dict[str, Any]) -> list[Tensor]:
     """The attention weights of the last block, `[heads, Nv, Nv]` a view, by eager attention."""
     tiny = build(name, attention="eager")
     block: Any = adapter_for(tiny.model).base_model.get_submodule(BLOCKS[name])
-    module = sys.modules[type(block.self_attn).__module__]
-    eager = module.eager_attention_forward
     weights: list[Tensor] = []
+    inside: list[bool] = []
 
-    def logged(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        output, found = eager(attention, *args, **kwargs)
-        if attention is block.self_attn:
-            weights.extend(found.unbind())
-        return output, found
+    def of_torch(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float) -> Any:
+        scores = query @ key.transpose(2, 3) * scale + attn_mask  # [W, heads, Nv, Nv]
+        found = scores.softmax(dim=-1)
+        if inside:  # rows of padding have no score that counts
+            weights.extend((found * (attn_mask.amax(-1, keepdim=True) > -1e30)).unbind())
+        return found @ value
 
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(module, "eager_attention_forward", logged)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), ExitStack() as hooks:
+        if family_of(name) == "granite_speech":  # which knows no other attention
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", of_torch)
+            hooks.callback(
+                block.register_forward_pre_hook(lambda *args: inside.append(True)).remove
+            )
+        else:
+            module = sys.modules[type(block.self_attn).__module__]
+            plain = next(one for one in EAGER if hasattr(module, one))
+            eager = getattr(module, plain)
+
+            def logged(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                output, found = eager(attention, *args, **kwargs)
+                if attention is block.self_attn:
+                    weights.extend(found.unbind())
+                return output, found
+
+            patch.setattr(module, plain, logged)
         tiny.model(**inputs)
     return weights
 
 
+EAGER = ("simple_eager_attention_forward", "eager_attention_forward")
+"""What transformers calls the plain attention of a tower; the first one a module has."""
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize(("name", "kind"), READABLE)
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_padding_of_sounds_is_what_no_state_attends_to(
     name: str, kind: str, attention: str
 ) -> None:
@@ -372,41 +383,42 @@ def test_padding_of_sounds_in_masks_of_frames() -> None:
     assert adapter.padding(MediaCall("audio", whole)) is None
 
 
-@dataclass(frozen=True, eq=False)
-class Received(EncoderStage, part=True):
+@dataclass(frozen=True)
+class Received(EncoderSignal):
     """Notes how much attention each state receives."""
 
-    maps: list[Tensor] = field(default_factory=list)
+    maps: list[Tensor] = field(default_factory=list, compare=False)
 
-    modalities = frozenset({"audio"})
-
-    def importance(self, view: Any, grey: Any) -> Tensor:
+    def of(self, view: EncoderView) -> Tensor:
         received = view.received()
         self.maps.extend(received.unbind())
         return received
 
 
 @dataclass(frozen=True, eq=False)
-class Shown(Stage, part=True):
-    """Keeps everything, and notes the map of each token that it was shown."""
+class Looking(Spy):
+    """Looks at some kinds of media alone."""
 
-    site: Site = Input()
-    seen: list[tuple[TokenLayout, Tensor]] = field(default_factory=list)
+    kinds: tuple[Modality, ...] = ("audio",)
 
-    modalities = frozenset({"audio"})
-    needs = frozenset({"encoder_map"})
+    name = "looking"
 
-    def select(self, context: Any) -> Selection:
-        self.seen.append((context.layout, context.encoder_map(Received.name)))
-        return Selection(torch.arange(len(context.layout)))
+    @property
+    def acts_on(self) -> frozenset[Modality]:
+        return frozenset(self.kinds)
+
+    def maps(self) -> list[Tensor]:
+        """What the only signal was, `[N]` a sample."""
+        return [found[self.needs[0]] for _, found in self.seen]
 
 
-@pytest.mark.parametrize(("name", "kind"), READABLE)
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_stage_reads_the_attention_that_sounds_receive(name: str, kind: str) -> None:
     tiny, inputs = case(name, kind)
     weights = weights_of(name, inputs)
-    reader, shown = Received(), Shown()
-    with torch.no_grad(), prune(tiny.model, reader, shown):
+    reader = Received()
+    spy = Looking(Input(), (reader,))
+    with torch.no_grad(), prune(tiny.model, spy):
         tiny.model(**inputs)
     assert len(reader.maps) == len(weights) > 0
     dense = []
@@ -416,6 +428,121 @@ def test_a_stage_reads_the_attention_that_sounds_receive(name: str, kind: str) -
         torch.testing.assert_close(received, dense[-1], rtol=1e-5, atol=1e-5)
     heard = listen(tiny, inputs)
     aligned = torch.cat(heard.adapter.align(heard.call, dense))
-    maps = torch.cat([found for _, found in shown.seen])
     # Sounds of a batch are encoded in the order of its rows.
-    torch.testing.assert_close(maps, aligned, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(spy.maps()), aligned, rtol=1e-5, atol=1e-5)
+
+
+# -- sounds beside pictures
+
+MIXED = [
+    "phi4_multimodal",
+    "phi4_multimodal_sounds",
+    "qwen2_5_omni",
+    "qwen2_5_omni_interleaved",
+    "qwen3_omni_moe",
+    "qwen3_omni_moe_interleaved",
+]
+"""Whose prompts hold both."""
+
+PICTURES: tuple[Modality, ...] = ("image", "video")
+
+
+@pytest.mark.parametrize("kind", ["one", "batch"])
+@pytest.mark.parametrize("name", [one for one in MIXED if family_of(one) not in UNUSABLE])
+def test_signals_of_sounds_and_of_pictures_go_together(name: str, kind: str) -> None:
+    tiny, inputs = case(name, kind)
+
+    def shown(*spies: Looking) -> Report:
+        with torch.no_grad(), prune(tiny.model, "vflowopt(keep=0.5)", *spies) as report:
+            tiny.model(**inputs)
+        return report
+
+    alone = shown()
+    sounds, pictures = (Looking(needs=(Viewed(),), kinds=kinds) for kinds in (("audio",), PICTURES))
+    shown(sounds)
+    shown(pictures)
+    assert all(len(one) and bool(one.isfinite().all()) for one in sounds.maps() + pictures.maps())
+    # Two signals, each of its own kind of media, and one that is wanted of both.
+    for signal in (Viewed("rows"), Viewed()):
+        both = [Looking(needs=(Viewed(),)), Looking(needs=(signal,), kinds=PICTURES)]
+        together = shown(*both)
+        for one, other in zip(both[0].maps(), sounds.maps(), strict=True):
+            assert torch.equal(one, other)
+        for one, other in zip(both[1].maps(), pictures.maps(), strict=True):
+            assert len(one) == len(other)
+            assert one.ndim == 2 if signal == Viewed("rows") else torch.equal(one, other)
+        decisions = [one.kept for one in together.last.decisions if one.method == "vflowopt"]
+        assert len(decisions) == len(alone.last.decisions) > 0
+        for kept, decision in zip(decisions, alone.last.decisions, strict=True):
+            assert torch.equal(kept, decision.kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("qwen2_vl", ("image",)),  # one tower serves both
+        ("qwen2_vl", ("video",)),
+        ("qwen2_5_omni", ("audio",)),
+        ("qwen2_5_omni", ("video",)),
+        ("phi4_multimodal", ("audio",)),
+        ("phi4_multimodal", ("image",)),
+    ],
+)
+def test_media_that_no_signal_is_wanted_of_are_not_read(
+    name: str, kinds: tuple[Modality, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if family_of(name) in UNUSABLE:
+        pytest.skip("this release of transformers cannot run it")
+    tiny = build(name)
+    adapter = adapter_for(tiny.model)
+    calls: list[MediaCall] = []
+
+    def made(*args: Any) -> MediaCall:
+        calls.append(MediaCall(*args))
+        return calls[-1]
+
+    monkeypatch.setattr(encoders, "MediaCall", made)
+    with torch.no_grad(), prune(tiny.model, Looking(needs=(Viewed(),), kinds=kinds)):
+        for modality in adapter.modalities:
+            tower = adapter.tower(modality)
+            used = {
+                str(module.config._attn_implementation).startswith("tokenprune")
+                for module in (tower.block.modules() if tower else ())
+                if hasattr(module, "config")
+            }
+            # Images and clips share a tower.
+            assert used == {(modality == "audio") == (kinds == ("audio",))}
+        tiny.model(**tiny.inputs())
+    assert len({call.modality for call in calls}) == 2
+    for call in calls:
+        assert set(call.maps) == ({Viewed()} if call.modality in kinds else set())
+        assert bool(call.view_tokens) == (call.modality in kinds)
+
+
+# -- relative positions
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("sizes", [(3, 2), (1, 2), (3, 1), (1, 1)])
+def test_views_add_the_bias_to_the_scores(
+    sizes: tuple[int, int], padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 3, 2, 7, 4, generator=generator)  # a class token and six others
+    bias = 3 * torch.randn(*sizes, 7, 7, generator=generator)
+    padding = torch.arange(6) >= torch.tensor([6, 4, 5])[:, None] if padded else None
+    scores = query @ key.mT * 0.5 + bias
+    if padding is not None:
+        scores[..., 1:] = scores[..., 1:].masked_fill(padding[:, None, None], -torch.inf)
+    dense = scores.softmax(dim=-1).mean(dim=1)[..., 1:]  # [W, 1 + Nv, Nv]
+    dense = dense / dense.sum(dim=-1, keepdim=True)
+    of_class, dense = dense[:, 0], dense[:, 1:]
+    counted = dense if padding is None else dense * ~padding[..., None]
+    picked = torch.tensor([[0, 3], [2, 2], [4, 1]])
+    rows = dense.gather(1, picked[..., None].expand(-1, -1, 6))
+    for most in (1, 1 << 20):  # a row at a time; all at once
+        monkeypatch.setattr(views, "_BLOCK_ELEMENTS_CPU", most)
+        view = views.StreamedView(query, key, None, 1, padding, bias)
+        torch.testing.assert_close(view.received(), counted.sum(dim=1))
+        torch.testing.assert_close(view.rows(picked), rows)
+        torch.testing.assert_close(view.class_row(), of_class)

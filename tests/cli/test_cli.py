@@ -120,7 +120,7 @@ def test_eval(command, tmp_path):
         (["--fps", "nan"], "fps must be a number above 0, got nan"),
         (["--frames", 4, "--fps", 2], "give --frames or --fps, got both (4 and 2.0)"),
         (["--max-new-tokens", 0], "--max-new-tokens must be at least 1, got 0"),
-        (["--recipe", "magic(keep=0.5)"], "no method 'magic'; known: plphp,"),
+        (["--recipe", "magic(keep=0.5)"], "no method 'magic'; known: divprune,"),
         (["--recipe", "vflowopt(hold=0.5)"], "vflowopt has no setting 'hold'; known: keep,"),
         (["--recipe", "vflowopt(keep=0.5"], "cannot read 'vflowopt(keep=0.5' in recipe"),
         (["--recipe", "vflowopt(keep=0.5, t=1)"], "settings are written name=value"),

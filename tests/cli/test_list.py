@@ -80,7 +80,7 @@ def test_a_module_is_there_for_a_recipe(
     asked = ["ask", files.video, "?", *model, "--max-new-tokens", 1, "--json"]
     own = ["--recipe", "mine(keep=0.5)"]
 
-    assert "no method 'mine'; known: plphp," in command(*asked, *own).error
+    assert "no method 'mine'; known: divprune, " in command(*asked, *own).error
     answer = json.loads(command("--with", "mine", *asked, *own).out)
     assert answer["recipe"] == "mine(keep=0.5)"
     planned = command("--with", "mine", "plan", files.video, *model, "--json", *own)

@@ -20,10 +20,12 @@ CASES: dict[str, list[str]] = {
         "random(keep=5 seed=3)",
         "random(keep=0.3 at=2 per=frame)",
         "random(keep=0.5 at=cache)",
+        "random(keep.image=0.3 keep.video=0.5 keep.audio=4 at=cache)",
     ],
     "uniform": [
         "uniform(keep=0.25)",
         "uniform(keep=0.4 at=0)",
+        "uniform(keep.video=0.3 keep.image=0.4 keep.audio=0.6 per=frame at=2)",
         "uniform(keep=0.6 at=3 per=item)",
         "uniform(keep=7 at=cache)",
         "uniform(keep=0.5 at=cache per=frame)",
@@ -35,6 +37,30 @@ CASES: dict[str, list[str]] = {
     "plphp": [
         "plphp(keep=0.5)",
         "plphp(keep=0.3 layers=1/3)",
+    ],
+    "fastv": [
+        "fastv(keep=0.4)",
+        "fastv(keep=0.5 layer=1 rotary=false per=item)",
+    ],
+    "snapkv": [
+        "snapkv(keep=0.4)",
+        "snapkv(keep=0.5 window=text kernel=3 layers=1/3 per=frame)",
+    ],
+    "knorm": [
+        "knorm(keep=0.4)",
+        "knorm(keep=0.5 layers=1/3 per=item)",
+    ],
+    "divprune": [
+        "divprune(keep=0.3)",
+        "divprune(keep=0.5 per=frame)",
+    ],
+    "pyramiddrop": [
+        "pyramiddrop(keep=0.5)",
+        "pyramiddrop(keep=0.7 layers=1/3 per=item)",
+    ],
+    "visionzip": [
+        "visionzip(keep=0.4)",
+        "visionzip(keep=0.5 targets=0.5 contextual=mean per=item)",
     ],
 }
 
@@ -68,6 +94,7 @@ SOUND_ONLY = ("audioflamingo3", "granite_speech", "qwen2_audio", "voxtral")
 REFUSALS: dict[tuple[str, str], str] = {
     # (method, family or variant): why. Such a combination must raise, and no other may.
     **{("vflowopt", name): "its map is read from a vision tower" for name in SOUND_ONLY},
+    **{("visionzip", name): "it reads a vision tower" for name in SOUND_ONLY},
 }
 
 TORN_BY_BEAMS = (*SOUND_ONLY, "glm4v", "phi4_multimodal_sounds")
@@ -120,7 +147,7 @@ def refusal(recipe: str, name: str) -> str | None:
 
 def keep_all(recipe: str) -> str:
     """The same recipe with nothing pruned."""
-    return re.sub(r"keep=[\d.]+", "keep=1.0", recipe)
+    return re.sub(r"(keep(?:\.\w+)?)=[\d.]+", r"\1=1.0", recipe)
 
 
 def _every_recipe() -> list[str]:
@@ -170,13 +197,12 @@ def drawn(seed: int) -> tuple[str, str, str, str]:
                 f"random(keep={keep} at={at} per={per} seed={draw.randint(0, 99)})",
                 f"uniform(keep={keep} at={at} per={per})",
                 f"random(keep=3 at={at})",
+                f"random(keep.image={keep} keep.video={rate} keep.audio={rate} at={at} per={per})",
                 f"vflowopt(keep={rate} recycled=0.5)",
                 f"plphp(keep={rate} layers={draw.choice(['none', '1/4'])})",
             ]
         )
-        # A recipe reads the encoder once.
-        again = step.startswith("vflowopt") and any(one.startswith("vflowopt") for one in steps)
-        if not again and refusal(step, name) is None:
+        if refusal(step, name) is None:
             steps.append(step)
     kind, attention = draw.choice(["alone", "batch"]), draw.choice(["sdpa", "eager"])
     return name, " + ".join(steps) or "none", kind, attention

@@ -144,16 +144,16 @@ def windows_of(one: tiny.Tiny) -> list[int | None]:
     return [config.sliding_window if kind == "sliding_attention" else None for kind in types]
 
 
-def codes_of(one: tiny.Tiny, recipe: str) -> dict[str, frozenset[int]]:
-    """Codes of the modalities that each stage of a recipe looks at."""
-    stages = Recipe.parse(recipe).stages(adapter_for(one.model).shape)
+def codes_of(one: tiny.Tiny, recipe: str | Recipe) -> dict[int, frozenset[int]]:
+    """Codes of the modalities that each step of a recipe acts on."""
+    steps = Recipe(recipe).steps(adapter_for(one.model).shape)
     return {
-        stage.name: frozenset(MODALITIES[name] for name in stage.modalities) for stage in stages
+        step.number: frozenset(MODALITIES[name] for name in step.stage.acts_on) for step in steps
     }
 
 
 def replay_of(
-    one: tiny.Tiny, recipe: str, calls: Iterable[Any], samples: int, length: int
+    one: tiny.Tiny, recipe: str | Recipe, calls: Iterable[Any], samples: int, length: int
 ) -> Replay:
     """Recorded decisions as masks."""
     kv_heads = decoder_of(one.model).config.num_key_value_heads

@@ -57,7 +57,7 @@ def read_decisions(
     samples: int,
     length: int,
     kv_heads: int,
-    modalities: Mapping[str, frozenset[int]] | None = None,
+    modalities: Mapping[int, frozenset[int]] | None = None,
 ) -> Replay:
     """Translate recorded calls.
 
@@ -66,7 +66,7 @@ def read_decisions(
         samples: Rows of the batch.
         length: `S`.
         kv_heads: `H`.
-        modalities: By the name of a method: codes of the modalities it looks at, if not all.
+        modalities: By step of the recipe: codes of the modalities it acts on, if not all.
     """
     replay = Replay()
     for call in calls:
@@ -77,7 +77,7 @@ def read_decisions(
         stored: dict[tuple[int, int], Tensor] = {}
         for decision in call.decisions:
             sample, layer = decision.sample, decision.layer
-            codes = (modalities or {}).get(decision.method, frozenset({1, 2, 3}))
+            codes = (modalities or {}).get(decision.step, frozenset({1, 2, 3}))
             allowed = torch.isin(media[sample], torch.tensor(sorted(codes)))
             there = (media[sample] > 0) & ~replay.gone_at(layer, sample, length)
             at_cache = decision.kept.ndim == 2
@@ -172,6 +172,23 @@ def dense_logits(
         replay: What to mask and to merge.
         positions: Of the sequence; None: those that the model makes.
     """
+    logits: Tensor = dense_run(model, inputs, sequence, replay, positions).logits
+    return logits
+
+
+def dense_run(
+    model: Any,
+    inputs: Mapping[str, Any],
+    sequence: Tensor,
+    replay: Replay,
+    positions: Tensor | None = None,
+    **settings: Any,
+) -> Any:
+    """What the model returns for the whole sequence, as in `dense_logits`.
+
+    Args:
+        settings: Of the model's forward, such as `output_attentions`.
+    """
     language_model = decoder_of(model)
     with ExitStack() as hooks:
 
@@ -182,7 +199,7 @@ def dense_logits(
         hook(language_model, lambda m, args, kwargs: (args, _enter(kwargs, replay, positions)))
         for layer, module in enumerate(language_model.layers):
             hook(module, _layer_hook(language_model.config, layer, replay))
-        return model(**extend(inputs, sequence), use_cache=False).logits
+        return model(**extend(inputs, sequence), use_cache=False, **settings)
 
 
 def extend(inputs: Mapping[str, Any], sequence: Tensor) -> dict[str, Any]:
@@ -205,14 +222,19 @@ def _enter(kwargs: dict[str, Any], replay: Replay, positions: Tensor | None) -> 
     if positions is not None:
         kwargs["position_ids"] = positions
     features = kwargs.get("deepstack_visual_embeds")
-    if features is not None and replay.merges.get(0):
-        # Features that are added after the first layers: merged as the embeddings are.
+    if features is not None and replay.merges:
+        # Features that are added after the first layers: merged as the hidden states were by then.
         where = kwargs["visual_pos_masks"]
         merged = []
-        for one in features:
+        for number, one in enumerate(features):
             spread = one.new_zeros(*where.shape, one.shape[-1])
             spread[where] = one
-            merged.append(_merge(spread, replay.merges[0])[where])
+            for layer in sorted(replay.merges):
+                if layer <= number:
+                    spread = _merge(spread, replay.merges[layer])
+            merged.append(spread.flatten(0, 1))
+        # Tokens without features (of sound) may have absorbed some.
+        kwargs["visual_pos_masks"] = torch.ones_like(where)
         kwargs["deepstack_visual_embeds"] = merged
     return kwargs
 

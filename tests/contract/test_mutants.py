@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,21 +18,28 @@ import torch
 from tests.adapters import test_adapters
 from tests.contract import test_context as context
 from tests.contract import test_contracts as contracts
+from tests.contract import test_signals as signals
+from tests.contract import test_stages as stages
 from tests.contract.cases import EVERYWHERE
 from tests.contract.harness import forget_pruned_runs
 from tokenprune.adapters.base import Item
 from tokenprune.adapters.llava_next import LlavaNext
 from tokenprune.adapters.qwen2_5_vl import Qwen2_5VL
 from tokenprune.core import budget
-from tokenprune.engine import deepstack, flight, forward, hooks, prefill, run
+from tokenprune.core.signal import Hidden
+from tokenprune.core.site import Layer
+from tokenprune.engine import deepstack, flight, forward, hooks, prefill, rows, run
 from tokenprune.engine import patch as patching
+from tokenprune.engine import signals as collecting
 from tokenprune.engine.cache import PrunedLayer
 from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.flight import Flight
 from tokenprune.engine.forward import Forward
 from tokenprune.engine.masks import LazyMask
 from tokenprune.engine.prefill import Prefill
+from tokenprune.engine.run import Run
 from tokenprune.engine.schedule import Schedule
+from tokenprune.engine.signals import Collector
 from tokenprune.engine.views import StreamedView
 from tokenprune.methods import baselines
 
@@ -53,6 +61,9 @@ def caught_by(contract: Callable[..., None], *args: Any) -> Callable[[Fault], Fa
     return register
 
 
+attention_at_caches = signals.test_attention_at_caches_is_that_of_the_dense_model
+attention_at_layers = signals.test_attention_at_layers_is_that_of_the_dense_model
+hidden_states = signals.test_keys_values_and_hidden_states_are_those_of_the_dense_model
 oracle = contracts.test_prefill_and_decoding_match_the_oracle
 batch_oracle = contracts.test_a_left_padded_batch_matches_the_oracle
 
@@ -328,19 +339,19 @@ def rollback_forgotten(patch: pytest.MonkeyPatch) -> None:
     def faulty(self: PrunedLayer, tokens_to_remove: int) -> None:
         if self.is_initialized:
             self.seen += min(0, tokens_to_remove)
-            self.clock.end = self.seen
+            self.sequence.end = self.seen
 
     patch.setattr(PrunedLayer, "crop", faulty)
 
 
 @caught_by(contracts.test_a_cropped_cache_goes_on_as_before, "llava", EVERYWHERE, 3)
-def clock_not_rolled_back(patch: pytest.MonkeyPatch) -> None:
+def length_not_rolled_back(patch: pytest.MonkeyPatch) -> None:
     original = PrunedLayer.crop
 
     def faulty(self: PrunedLayer, tokens_to_remove: int) -> None:
-        end = self.clock.end
+        end = self.sequence.end
         original(self, tokens_to_remove)
-        self.clock.end = end
+        self.sequence.end = end
 
     patch.setattr(PrunedLayer, "crop", faulty)
 
@@ -352,7 +363,7 @@ def rollback_of_one_too_many(patch: pytest.MonkeyPatch) -> None:
         self.keys, self.values = self.keys[:, :, :stay], self.values[:, :, :stay]
         self.index = self.index[..., :stay]
         self.seen += tokens_to_remove
-        self.clock.end = self.seen
+        self.sequence.end = self.seen
 
     patch.setattr(PrunedLayer, "crop", faulty)
 
@@ -365,29 +376,163 @@ def beams_not_reordered(patch: pytest.MonkeyPatch) -> None:
 # -- what stages are shown, and what they promise
 
 
-@caught_by(context.test_attention_rows_are_those_of_eager_attention, "llava", "alone")
+@caught_by(attention_at_caches, "llava", "alone", "none")
 def query_heads_grouped_wrongly(patch: pytest.MonkeyPatch) -> None:
     """Query head h reads key-value head h % H instead of h // (heads / H)."""
-    original = run.attention_row
+    original = rows._blocks
 
-    def faulty(query: Any, keys: Any, *args: Any) -> Any:
-        share = query.shape[1] // keys.shape[1]
-        order = torch.arange(query.shape[1]).view(-1, share).T.flatten()
-        return original(query[:, order], keys, *args)
+    def faulty(attended: Any, queries: Any) -> Any:
+        heads, kv_heads = attended.query.shape[1], attended.keys.shape[1]
+        order = torch.arange(heads).view(-1, kv_heads).T.flatten()
+        other = replace(attended, query=attended.query[:, order])
+        return original(other, queries)
 
-    patch.setattr(run, "attention_row", faulty)
+    patch.setattr(rows, "_blocks", faulty)
 
 
-@caught_by(context.test_attention_rows_are_those_of_eager_attention, "qwen2_5_vl", "batch")
+@caught_by(attention_at_caches, "qwen2_5_vl", "batch", "none")
 def padding_takes_attention(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(run, "last_query_mask", lambda *args: None)
+    patch.setattr(rows, "query_mask", lambda *args: lambda places: None)
+
+
+@caught_by(attention_at_caches, "llava_onevision", "alone", signals.BEFORE[1])
+def attention_is_of_candidates_alone(patch: pytest.MonkeyPatch) -> None:
+    """The softmax runs over media, not over all that a query sees."""
+    original = rows.attention_rows
+
+    def faulty(attended: Any, queries: Any, columns: Any, *args: Any) -> Any:
+        found = original(attended, queries, columns, *args)
+        return [one / one.sum(-1, keepdim=True) for one in found]
+
+    patch.setattr(collecting, "attention_rows", faulty)
+
+
+@caught_by(signals.test_blocks_of_rows_are_joined, "llava_onevision", pytest.MonkeyPatch())
+def a_mean_of_the_last_block(patch: pytest.MonkeyPatch) -> None:
+    """Blocks of query rows are not added up."""
+    original = rows._Rows.add
+
+    def faulty(self: Any, block: Any) -> None:
+        if self._signal.reduce is not None:
+            self._parts = []
+        original(self, block)
+
+    patch.setattr(rows._Rows, "add", faulty)
+
+
+@caught_by(attention_at_layers, "qwen2_5_vl", "alone", "none")
+def decisions_from_another_layer(patch: pytest.MonkeyPatch) -> None:
+    """What the layer about to run attends to is computed from what entered the one before."""
+    original = Run._probe_layer
+    entered: list[Any] = []
+
+    def faulty(
+        self: Run, forward: Any, number: int, module: Any, hidden: Any, *args: Any, **kw: Any
+    ):
+        entered.append(hidden)
+        other = entered[-2] if len(entered) > 1 else hidden
+        return original(self, forward, number, module, other, *args, **kw)
+
+    patch.setattr(Run, "_probe_layer", faulty)
+
+
+@caught_by(signals.test_a_later_prompt_sees_what_came_before, "internvl")
+def a_probe_that_forgets_the_past(patch: pytest.MonkeyPatch) -> None:
+    original = Run._probe_layer
+
+    def faulty(self: Run, forward: Any, *args: Any, **kw: Any) -> Any:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Forward, "layer", lambda self, number: None)
+            return original(self, forward, *args, **kw)
+
+    patch.setattr(Run, "_probe_layer", faulty)
+
+
+@caught_by(signals.test_rotation_can_be_left_out, "llava_onevision")
+def rotation_left_in(patch: pytest.MonkeyPatch) -> None:
+    original = Run._probe_layer
+
+    def faulty(self: Run, *args: Any, rotary: bool) -> Any:
+        return original(self, *args, rotary=True)
+
+    patch.setattr(Run, "_probe_layer", faulty)
+
+
+@caught_by(hidden_states, "llava_onevision", "alone", signals.BEFORE[0])
+def input_states_are_those_of_the_layer(patch: pytest.MonkeyPatch) -> None:
+    """`Hidden(layer=INPUT)` shows what enters the layer at hand."""
+    original = Collector._hidden
+
+    def faulty(self: Collector, signal: Any, *args: Any) -> Any:
+        return original(self, Hidden(), *args)
+
+    patch.setattr(Collector, "_hidden", faulty)
+
+
+@caught_by(hidden_states, "llava_onevision", "batch", signals.BEFORE[1])
+def text_located_as_if_nothing_had_left(patch: pytest.MonkeyPatch) -> None:
+
+    def faulty(self: Collector, stored: int) -> Any:
+        last = stored - 1
+        ahead = stored - self._flight.rows.shape[1]
+        return [(one.text + ahead).clamp_max(last) for one in self._samples]
+
+    patch.setattr(Collector, "_text_columns", faulty)
+
+
+@caught_by(stages.test_merges_of_what_was_merged_match_the_oracle, "llava_onevision")
+def merges_by_place_in_the_input(patch: pytest.MonkeyPatch) -> None:
+    """At a layer, rows of the input are merged instead of where these tokens are by then."""
+    original = Forward._merge
+
+    def faulty_place(self: Flight, sample: int, tokens: Any) -> Any:
+        return tokens.clamp_max(self.rows.shape[1] - 1)
+
+    def faulty(self: Forward, *args: Any) -> Any:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Flight, "locate", faulty_place)
+            return original(self, *args)
+
+    patch.setattr(Forward, "_merge", faulty)
+
+
+@caught_by(stages.test_merges_match_the_oracle, "qwen3_vl", Layer(0), "alone", "sdpa")
+def features_of_early_layers_merged_at_the_input_alone(patch: pytest.MonkeyPatch) -> None:
+    original = Forward._merge
+
+    def faulty(self: Forward, hidden: Any, merges: Any) -> Any:
+        deepstack = self._deepstack
+        found = original(self, hidden, merges)
+        self._deepstack = deepstack
+        return found
+
+    patch.setattr(Forward, "_merge", faulty)
+
+
+@caught_by(stages.test_each_modality_alone_matches_the_oracle, "qwen2_5_omni", "cache", "alone")
+def others_dropped_with_the_candidates(patch: pytest.MonkeyPatch) -> None:
+    """A cache stage that acts on sound alone drops the frames."""
+    patch.setattr(prefill, "_without", lambda rows, candidates, kept: kept)
+
+
+@caught_by(stages.test_no_token_left_matches_the_oracle, "llava_onevision", Layer(2), "batch")
+def one_token_always_stays(patch: pytest.MonkeyPatch) -> None:
+    original = Prefill.tokens
+
+    def faulty(self: Prefill) -> Any:
+        for sample in self.samples:
+            if not len(sample.alive):
+                sample.alive = torch.zeros(1, dtype=torch.int64)
+        return original(self)
+
+    patch.setattr(Prefill, "tokens", faulty)
 
 
 @caught_by(context.test_encoder_views_are_the_tower_s_attention, "llava", "alone")
 def class_token_left_in_the_softmax(patch: pytest.MonkeyPatch) -> None:
     """Its column is dropped, but rows are not normalised again."""
 
-    def faulty(self: StreamedView, query: Any, views: slice) -> Any:
+    def faulty(self: StreamedView, query: Any, views: slice, *bias: Any) -> Any:
         scores = (query @ self._key[views].transpose(2, 3)).float() * self._scaling
         yield scores.softmax(dim=-1).mean(dim=1)[..., self._prefix :]
 
@@ -485,4 +630,4 @@ def test_mutant_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_are_enough_mutants() -> None:
-    assert len(MUTANTS) >= 12
+    assert len(MUTANTS) >= 24

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenprune.engine.cache import PrunedLayer, SequenceClock
+from tokenprune.engine.cache import PrunedLayer
+from tokenprune.engine.sequence import Sequence
 from tokenprune.errors import UnsupportedModelError
 
 WINDOW, SLACK = 8, 64
@@ -17,17 +18,17 @@ WINDOW, SLACK = 8, 64
 def step(layer: PrunedLayer, rows: list[list[int]], end: int) -> Tensor:
     """Feed a layer tokens whose keys are their logical indices, -1 for holes; returns the keys."""
     index = torch.tensor(rows)
-    layer.clock.rows, layer.clock.end = index, end
-    layer.clock.holes = bool((index < 0).any())
+    layer.sequence.rows, layer.sequence.end = index, end
+    layer.sequence.holes = bool((index < 0).any())
     keys = index[:, None, :, None].float()
     shown, _ = layer.update(keys, keys.clone())
     layer.evict()
-    layer.clock.rows = None
+    layer.sequence.rows = None
     return shown[:, 0, :, 0]
 
 
 def filled(tokens: int) -> PrunedLayer:
-    layer = PrunedLayer(SequenceClock(), WINDOW)
+    layer = PrunedLayer(Sequence(), WINDOW)
     step(layer, [list(range(tokens))], tokens)
     return layer
 
@@ -42,7 +43,7 @@ def test_queries_are_shown_their_window_only() -> None:
 
 
 def test_a_full_layer_shows_all() -> None:
-    layer = PrunedLayer(SequenceClock())
+    layer = PrunedLayer(Sequence())
     step(layer, [list(range(300))], 300)
     assert step(layer, [[300]], 301).shape[1] == 301
 
@@ -59,7 +60,7 @@ def test_a_window_forgets_in_steps(tokens: int) -> None:
 
 def test_a_window_of_pruned_rows_forgets_by_place() -> None:
     """Every third token is left in the first sample, every second in the other."""
-    layer = PrunedLayer(SequenceClock(), WINDOW)
+    layer = PrunedLayer(Sequence(), WINDOW)
     sparse, dense = list(range(2, 450, 3)), list(range(1, 450, 2))
     rows = [[-1] * (len(dense) - len(sparse)) + sparse, dense]
     step(layer, rows, 450)

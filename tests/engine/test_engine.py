@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.tiny import Tiny, build, decoder_of
 from tokenprune import Recipe, Selection, TokenPruneError, prune
+from tokenprune.adapters.base import adapter_for
 from tokenprune.core.budget import Budget
 from tokenprune.core.site import (
     Cache,
@@ -188,8 +189,10 @@ def test_other_models_fail():
     [
         ("llava", "random(at=5)", "layers 0 to 4"),
         ("qwen2_audio", "vflowopt(keep=0.5)", "qwen2_audio has only audio tokens"),
+        ("llava", "random(on=audio)", "random prunes audio tokens, but llava has only image"),
+        ("qwen2_audio", "plphp(on=image/video)", "plphp prunes image and video tokens, but qwen2_"),
+        ("llava", "vflowopt(keep=0.5 on=audio)", "vflowopt prunes no tokens, but llava has only"),
         ("llava", 3, "made of methods, recipes and texts, got 3"),
-        ("llava", "vflowopt(keep=0.5) + vflowopt(keep=0.5)", "twice"),
     ],
 )
 def test_recipes_that_do_not_fit_fail_and_leave_the_model_alone(name, recipe, error):
@@ -201,25 +204,57 @@ def test_recipes_that_do_not_fit_fail_and_leave_the_model_alone(name, recipe, er
     assert traces(tiny) == before
 
 
+def test_a_method_may_stand_in_a_recipe_twice():
+    tiny = model_of("llava")
+    with prune(tiny.model, VFlowOpt(keep=0.6, t=2.0), VFlowOpt(keep=0.5)) as report:
+        generate(tiny)
+    first, *more = report.last.decisions
+    with prune(tiny.model, VFlowOpt(keep=0.6, t=2.0)) as alone:
+        generate(tiny)
+    assert torch.equal(first.kept, alone.last.decisions[0].kept)
+    # The second looks at its own map, of what the first has left.
+    assert {one.step for one in more} == {0, 1}
+    second = next(one for one in more if one.step == 1)
+    assert second.candidates == len(first.kept) > len(second.kept)
+
+
+def test_entropy_of_a_model_that_shows_no_pixels_fails(monkeypatch):
+    tiny = model_of("llava")
+    monkeypatch.setattr(type(adapter_for(tiny.model)), "grey", lambda *_: None)
+    before = traces(tiny)
+    with prune(tiny.model, "vflowopt(keep=0.5 alpha=0.5)"):
+        with pytest.raises(RecipeError, match="llava does not give the pixels below its tokens; s"):
+            generate(tiny)
+    assert traces(tiny) == before
+    with prune(tiny.model, "vflowopt(keep=0.5)"):
+        generate(tiny)
+
+
 # -- stages that lie
 
 
 @dataclass(frozen=True)
-class Liar(Stage, part=True):
-    """Promises a count, and selects what it is told to."""
+class Liar(Stage):
+    """Promises a count, or bounds, and selects what it is told to."""
 
-    index: tuple[int, ...] = (0,)
-    promise: int | None = None
+    index: tuple[int, ...] | tuple[tuple[int, ...], ...] = (0,)
+    promise: int | tuple[int, int] | None = None
     at: Site = Input()
+
+    name = "liar"
 
     @property
     def site(self) -> Site:
         return self.at
 
-    def budget(self, layout, rows=None):
+    def budget(self, candidates):
         if self.promise is None:
-            return None
-        return Budget.of(torch.zeros_like(layout.item), torch.tensor([self.promise]))
+            return super().budget(candidates)
+        least, most = (
+            (self.promise, self.promise) if isinstance(self.promise, int) else self.promise
+        )
+        counts = torch.tensor([least])
+        return Budget.of(torch.zeros_like(candidates.rows), counts, least=least, most=most)
 
     def select(self, context):
         return Selection(torch.tensor(self.index, dtype=torch.int64))
@@ -240,11 +275,69 @@ def test_a_stage_is_held_to_its_promise(site):
 
 
 @pytest.mark.parametrize("site", [Input(), Layer(2), Cache()])
-def test_a_stage_must_keep_something(site):
+def test_a_stage_is_held_to_its_bounds(site):
     tiny = model_of("llava")
-    with prune(tiny.model, Liar(index=(), at=site)):
-        with pytest.raises(RecipeError, match="must keep 1 to 32 tokens"):
+    for bounds in ((0, 2), (2, 2), (1, 32)):
+        with prune(tiny.model, Liar(index=(0, 3), promise=bounds, at=site)) as report:
             generate(tiny)
+        assert all(decision.kept.shape[-1] == 2 for decision in report.last.decisions)
+    for bounds in ((3, 9), (0, 1)):
+        with prune(tiny.model, Liar(index=(0, 3), promise=bounds, at=site)) as report:
+            error = f"liar promised to keep {bounds[0]} to {bounds[1]} of 32 tokens and kept 2"
+            with pytest.raises(RecipeError, match=error):
+                generate(tiny)
+            assert report.calls == []
+
+
+@pytest.mark.parametrize("site", [Input(), Layer(0), Layer(2), Cache()])
+@pytest.mark.parametrize("promise", [None, 0, (0, 3)])
+def test_a_stage_may_keep_nothing(site, promise):
+    tiny = model_of("llava")
+    with prune(tiny.model, Liar(index=(), promise=promise, at=site)) as report:
+        output = generate(tiny)
+    assert output.shape[1] == tiny.inputs()["input_ids"].shape[1] + 3
+    assert report.media_tokens.per_site == {site: 0.0}
+    assert report.media_tokens.before == 32
+    assert all(decision.kept.shape[-1] == 0 for decision in report.last.decisions)
+    text = tiny.inputs()["input_ids"].shape[1] - 32
+    layers = adapter_for(tiny.model).shape.layers
+    whole = text + 32
+    full = site.index if isinstance(site, Layer) else 0
+    assert report.media_tokens.after == round(32 * full / layers)
+    stored = full * whole + (layers - full) * text
+    assert report.kv_bytes.after * layers * whole == report.kv_bytes.before * stored
+
+
+@pytest.mark.parametrize("site", [Input(), Layer(2), Cache()])
+def test_a_stage_must_not_keep_more_than_there_is(site):
+    tiny = model_of("llava")
+    with prune(tiny.model, Liar(index=(0,) * 33, at=site)):
+        with pytest.raises(RecipeError, match=r"must keep 0 to 32 tokens, .*; got \(33,\)"):
+            generate(tiny)
+
+
+@pytest.mark.parametrize("site", [Input(), Layer(2), Cache()])
+def test_heads_choose_for_themselves_at_caches_alone(site):
+    tiny = model_of("llava")
+    heads = adapter_for(tiny.model).shape.kv_heads
+    form = rf"\[K\] or \[{heads}, K\]" if site == Cache() else r"\[K\]"
+    with prune(tiny.model, Liar(index=((0, 1),) * (heads + 1), at=site)):
+        with pytest.raises(RecipeError, match=f"must keep 0 to 32 tokens, {form}; got "):
+            generate(tiny)
+    with prune(tiny.model, Liar(index=((0, 1),) * heads, at=site)):
+        if site == Cache():
+            generate(tiny)
+        else:
+            with pytest.raises(RecipeError, match="must keep 0 to 32 tokens"):
+                generate(tiny)
+
+
+def test_a_stage_that_is_known_to_keep_all_is_not_asked():
+    tiny = model_of("llava")
+    with prune(tiny.model, Liar(index=(), promise=32)) as report:
+        generate(tiny)
+    (decision,) = report.last.decisions
+    assert torch.equal(decision.kept, report.last.layouts[0].position)
 
 
 # -- caches

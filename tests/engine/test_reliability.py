@@ -50,7 +50,7 @@ from tests.tiny import Tiny, decoder_of, pad_batch
 from tokenprune import Session, prune
 from tokenprune.adapters.base import Adapter, adapter_for
 from tokenprune.core.recipe import Recipe
-from tokenprune.core.stage import EncoderStage
+from tokenprune.core.signal import EncoderSignal
 from tokenprune.engine import patch as patching
 from tokenprune.engine import prefill
 from tokenprune.engine.cache import CACHE_NAME, PrunedLayer
@@ -203,10 +203,12 @@ def failing(
     layers = decoder_of(model).layers
     with ExitStack() as stack, patch.context() as patched:
         if place == "stage":
-            stages = Recipe(recipe).stages(adapter.shape)
-            if stages:
-                kind = type(chance.choice(stages))
-                method = "importance" if issubclass(kind, EncoderStage) else "select"
+            steps = Recipe(recipe).steps(adapter.shape)
+            parts: list[tuple[type[Any], str]] = [(type(one.stage), "select") for one in steps]
+            signals = dict.fromkeys(signal for one in steps for signal in one.stage.needs)
+            parts += [(type(one), "of") for one in signals if isinstance(one, EncoderSignal)]
+            if parts:
+                kind, method = chance.choice(parts)
                 patched.setattr(kind, method, guarded(getattr(kind, method), fuse))
         elif place in ("layer", "attention"):
             module = chance.choice(list(layers))

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.methods.doubles import cache_context, grid, input_context, join, sound
-from tokenprune.core.layout import TokenLayout
+from tests.methods.doubles import cache_context, candidates, grid, input_context, join, sound
+from tokenprune.core.layout import MODALITIES, TokenLayout
 from tokenprune.core.site import Cache, Input, Layer
 from tokenprune.errors import RecipeError
 from tokenprune.methods.baselines import Random, Uniform
@@ -39,7 +39,7 @@ def test_baselines_keep_exactly_what_they_say(method: Any, at: Any, keep: Any, p
         for group in range(int(groups.max()) + 1):
             size = int((groups == group).sum())
             assert int((groups[head] == group).sum()) == plain_count(keep, size)
-    assert stage.budget(LAYOUT).total == index.shape[-1]
+    assert stage.budget(candidates(LAYOUT)).total == index.shape[-1]
 
 
 @pytest.mark.parametrize("method", [Random, Uniform])
@@ -47,7 +47,7 @@ def test_baselines_keep_exactly_what_they_say(method: Any, at: Any, keep: Any, p
 @pytest.mark.parametrize("keep", [1.0, 1000])
 def test_baselines_keep_all(method: Any, at: Any, keep: Any) -> None:
     stage = method(keep=keep, at=at)
-    assert stage.budget(LAYOUT).total == len(LAYOUT)
+    assert stage.budget(candidates(LAYOUT)).total == len(LAYOUT)
     index = stage.select(context(at)).index
     assert torch.equal(index, torch.arange(len(LAYOUT)).expand_as(index))
 
@@ -96,7 +96,7 @@ def test_random_after_a_cache_stage_keeps_as_many_in_every_head() -> None:
     rows = torch.tensor([[0, 1, 2, 3, 4, 8], [0, 4, 5, 8, 9, 10]])
     stage = Random(keep=0.5, at="cache", per="frame")
     index = stage.select(cache_context(layout, rows=rows)).index
-    assert index.shape == (2, stage.budget(layout[rows[0]]).total)
+    assert index.shape == (2, stage.budget(candidates(layout, rows[:1])).total)
 
 
 def test_uniform_is_the_same_in_every_head() -> None:
@@ -124,6 +124,28 @@ def test_baselines_fail(method: Any) -> None:
         method(keep=1)
     with pytest.raises(RecipeError, match="per must be one of prompt, item, frame, second"):
         method(per="hour")
+    with pytest.raises(RecipeError, match="on must name some of image, video, audio, got 'sound'"):
+        method(on="sound")
+    with pytest.raises(RecipeError, match=r"keep\.audio must be a share in .* got 1.5"):
+        method(keep={"audio": 1.5})
+
+
+@pytest.mark.parametrize("method", [Random, Uniform])
+@pytest.mark.parametrize("at", ["input", "cache", 3])
+def test_baselines_keep_a_share_of_each_modality(method: Any, at: Any) -> None:
+    stage = method(keep={"audio": 0.5, "video": 7}, at=at)
+    index = stage.select(context(at)).index
+    for head in index.view(-1, index.shape[-1]):
+        kinds = LAYOUT.modality[head]
+        kept = [int((kinds == MODALITIES[name]).sum()) for name in ("image", "video", "audio")]
+        assert kept == [6, 7, 5]  # pictures have no budget: all stay
+
+
+@pytest.mark.parametrize("method", [Random, Uniform])
+def test_baselines_act_on_what_they_are_told(method: Any) -> None:
+    assert method().acts_on == set(MODALITIES)
+    assert method(on="audio").acts_on == {"audio"}
+    assert method(on=("video", "image")).acts_on == {"image", "video"}
 
 
 def test_random_fails() -> None:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.methods.doubles import SHAPE, cache_context, grid, join, sound
+from tests.methods.doubles import SHAPE, State, cache_context, candidates, grid, join, sound
 from tokenprune.core.layout import AUDIO, TokenLayout
 from tokenprune.core.selection import count
 from tokenprune.core.site import Cache
 from tokenprune.errors import RecipeError
-from tokenprune.methods.plphp import PLPHP
+from tokenprune.methods.plphp import PLPHP, _Seen
 
 FIXED = PLPHP(keep=0.4, shift=0.2, alpha=0.3, beta=0.1)
 
@@ -153,10 +153,10 @@ def test_rounding_survives_binary_fractions() -> None:
 
 def test_layers_are_judged_by_those_before() -> None:
     layout = grid(1, 10)
-    memory: dict[str, Any] = {}
+    state: State = {}
     sizes = [
         PLPHP(keep=0.4)
-        .select(cache_context(layout, attention_to(layout, mass=mass), memory=memory, layer=layer))
+        .select(cache_context(layout, attention_to(layout, mass=mass), state=state, layer=layer))
         .index.shape[1]
         for layer, mass in enumerate([0.5, 0.5, 0.9, 0.2, 0.52, 0.1])
     ]
@@ -197,10 +197,10 @@ def test_plphp_is_the_plain_loop(
     smooth = [attention_to(layout, heads, mass) for mass in (0.32, 0.33, 0.8, 0.12, 0.05, 0.45)]
     ties = [(layer * 50).round() / 64 for layer in smooth]
     for layers in (smooth, ties):
-        memory: dict[str, Any] = {}
+        state: State = {}
         for number, expected in enumerate(plain_plphp(method, layers, layout, kv_heads)):
             selection = method.select(
-                cache_context(layout, layers[number], heads=kv_heads, layer=number, memory=memory)
+                cache_context(layout, layers[number], heads=kv_heads, layer=number, state=state)
             )
             assert selection.index.tolist() == expected
 
@@ -254,9 +254,9 @@ def test_score_ignores_the_order_of_heads_and_tokens() -> None:
     seen = []
     heads_orders, token_orders = ([0, 1, 2, 3], [3, 1, 0, 2]), (range(12), range(11, -1, -1))
     for heads, tokens in itertools.product(heads_orders, token_orders):
-        context = cache_context(layout, attention[heads][:, list(tokens)])
-        FIXED.select(context)
-        seen.append(context.memory["plphp"][0][0])
+        state: State = {}
+        FIXED.select(cache_context(layout, attention[heads][:, list(tokens)], state=state))
+        seen.append(state[_Seen].scores[0][0])
     assert all(0 <= score <= 1 for score in seen)
     assert seen == pytest.approx([seen[0]] * 4)
 
@@ -275,17 +275,31 @@ def test_larger_keep_keeps_supersets() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_keep_all(layout: TokenLayout) -> None:
     method = PLPHP(keep=1.0)
-    assert method.budget(layout).total == len(layout)
+    assert method.budget(candidates(layout, heads=2)).total == len(layout)
     index = method.select(cache_context(layout, attention_to(layout))).index
     assert torch.equal(index, torch.arange(len(layout)).expand(2, -1))
 
 
 def test_counts_are_known_if_no_layer_deviates() -> None:
     layout = LAYOUTS["both"]
-    assert not PLPHP(keep=0.4).budget(layout).exact
+    assert not PLPHP(keep=0.4).budget(candidates(layout, heads=2)).exact
     method = PLPHP(keep=0.4, shift=0.0)
     index = method.select(cache_context(layout, attention_to(layout))).index
-    assert method.budget(layout).total == index.shape[1]
+    assert method.budget(candidates(layout, heads=2)).total == index.shape[1]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_counts_lie_within_the_bounds(method: PLPHP) -> None:
+    layout = LAYOUTS["both"]
+    budget = method.budget(candidates(layout, heads=2))
+    state: State = {}
+    sizes = {
+        method.select(
+            cache_context(layout, attention_to(layout, mass=mass), layer=layer, state=state)
+        ).index.shape[1]
+        for layer, mass in enumerate([0.5, 0.5, 0.9, 0.02, 0.25])
+    }
+    assert sizes == {budget.least, budget.total, budget.most}
 
 
 def test_every_span_keeps_the_least() -> None:
@@ -352,6 +366,7 @@ def test_layers() -> None:
         ({"least": 0}, "least must be a count of at least 1, got 0"),
         ({"layers": ()}, r"layers must be decoder layers or none for all, got \(\)"),
         ({"layers": "all"}, "layers must be decoder layers or none for all, got 'all'"),
+        ({"layers": True}, "layers must be decoder layers or none for all, got True"),
     ],
 )
 def test_plphp_fails(settings: Any, message: str) -> None:

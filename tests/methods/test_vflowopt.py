@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.methods.doubles import SHAPE, DenseView, grid, input_context, join
+from tests.methods.doubles import SHAPE, DenseView, candidates, grid, input_context, join
 from tokenprune.core.context import ModelShape
 from tokenprune.core.layout import TokenLayout
+from tokenprune.core.recipe import Recipe
 from tokenprune.core.selection import Selection, count
-from tokenprune.core.site import Encoder, Input, Layer
+from tokenprune.core.site import Input, Layer
 from tokenprune.core.stage import Stage
 from tokenprune.errors import RecipeError, UnsupportedModelError
-from tokenprune.methods._vflowopt import VFlowOptInput, VFlowOptLayer, VFlowOptMap
+from tokenprune.methods._vflowopt import Importance, VFlowOptInput, VFlowOptLayer
 from tokenprune.methods.vflowopt import VFlowOpt, last_share, mean_share, stage_lengths
 
 QWEN = (9, 9, 10)
@@ -77,10 +78,11 @@ def test_released_strategies(keep: float, shares: tuple[float, float, float]) ->
     r1, r2, r3 = method.shares(28)
     assert (r1, r1 * r2, r1 * r2 * r3) == pytest.approx(shares, abs=5e-5)
     assert mean_share(r1, r2, r3, QWEN) == pytest.approx(keep, rel=3e-3)
-    view, first = method.stages(SHAPE)[:2]
-    assert isinstance(view, VFlowOptMap) and isinstance(first, VFlowOptInput)
+    first = method.stages(SHAPE)[0]
+    assert isinstance(first, VFlowOptInput)
     # At most 25, 20 and 18 anchors of 729 tokens.
-    assert view.t is not None and math.floor(729 / view.t) == {0.5: 25, 0.25: 20, 0.1: 18}[keep]
+    t = first.importance.t
+    assert t is not None and math.floor(729 / t) == {0.5: 25, 0.25: 20, 0.1: 18}[keep]
     assert first.cell is not None and first.cell > 11
 
 
@@ -109,23 +111,24 @@ def test_derived_shares_meet_the_budget_or_are_refused(
 
 def test_stages() -> None:
     stages = VFlowOpt(keep=0.25, r1=0.3, r2=0.8, t=7, cell=4).stages(SHAPE)
-    assert [stage.site for stage in stages] == [Encoder(), Input(), Layer(9), Layer(18)]
-    assert stages[0] == VFlowOptMap(t=7)
-    assert stages[1] == VFlowOptInput(keep=0.3, cell=4)
-    assert stages[2] == VFlowOptLayer(layer=9, keep=0.8)
-    assert isinstance(stages[3], VFlowOptLayer)
-    assert stages[3].keep == pytest.approx(0.891667, abs=1e-6)
+    assert [stage.site for stage in stages] == [Input(), Layer(9), Layer(18)]
+    common: Any = {"importance": Importance(t=7), "per": "item"}
+    assert stages[0] == VFlowOptInput(keep=0.3, cell=4, **common)
+    assert stages[1] == VFlowOptLayer(layer=9, keep=0.8, **common)
+    assert isinstance(stages[2], VFlowOptLayer)
+    assert stages[2].keep == pytest.approx(0.891667, abs=1e-6)
+    assert all(stage.needs == (Importance(t=7),) for stage in stages)
 
 
 @pytest.mark.parametrize(
     ("settings", "layers", "sites"),
     [
-        ({"keep": 0.1}, 28, [Encoder(), Input(), Layer(18)]),
-        ({"keep": 0.9}, 28, [Encoder(), Layer(18)]),  # nothing to prune at the input
-        ({"keep": 0.3, "r1": 0.3}, 28, [Encoder(), Input()]),
-        ({"keep": 0.1}, 3, [Encoder(), Input(), Layer(2)]),
-        ({"keep": 0.1}, 2, [Encoder(), Input()]),
-        ({"keep": 0.1}, 1, [Encoder(), Input()]),
+        ({"keep": 0.1}, 28, [Input(), Layer(18)]),
+        ({"keep": 0.9}, 28, [Layer(18)]),  # nothing to prune at the input
+        ({"keep": 0.3, "r1": 0.3}, 28, [Input()]),
+        ({"keep": 0.1}, 3, [Input(), Layer(2)]),
+        ({"keep": 0.1}, 2, [Input()]),
+        ({"keep": 0.1}, 1, [Input()]),
         ({"keep": 1.0}, 28, []),
         ({"keep": 1.0}, 2, []),
         ({"keep": 1.0, "r1": 1.0, "r2": 1.0, "r3": 1.0}, 28, []),
@@ -198,8 +201,8 @@ ROWS = [[[0.7, 0.1, 0.1, 0.1], [0.4, 0.4, 0.1, 0.1], [0.5, 0.1, 0.3, 0.1], [0.6,
 LEVELS = [[0, 0, 0, 0], [0, 0, 255, 255], [0, 85, 170, 255], [255, 255, 0, 0]]  # 0, 1, 2, 1 bits
 
 
-def random_view(views: int = 3, tokens: int = 20, sharpness: float = 4.0) -> DenseView:
-    return DenseView((sharpness * torch.randn(views, tokens, tokens)).softmax(dim=-1))
+def random_view(views: int = 3, tokens: int = 20, *, grey: Tensor | None = None) -> DenseView:
+    return DenseView((4.0 * torch.randn(views, tokens, tokens)).softmax(dim=-1), grey=grey)
 
 
 def plain_importance(
@@ -238,22 +241,21 @@ def plain_importance(
 def test_anchors(t: float, importance: list[float]) -> None:
     view = DenseView(torch.tensor(ROWS))
     assert view.received()[0].tolist() == pytest.approx([2.2, 0.7, 0.6, 0.5])
-    assert VFlowOptMap(t=t).importance(view, None)[0].tolist() == pytest.approx(importance)
+    assert Importance(t=t).of(view)[0].tolist() == pytest.approx(importance)
 
 
 def test_views_without_anchors_fall_back_one_by_one() -> None:
     even = torch.full((1, 4, 4), 0.25)
     view = DenseView(torch.cat([torch.tensor(ROWS), even]))
-    importance = VFlowOptMap(t=1.0).importance(view, None)
+    importance = Importance(t=1.0).of(view)
     assert importance[0].tolist() == pytest.approx([0.7, 0.1, 0.1, 0.1])
     assert importance[1].tolist() == pytest.approx([0.25] * 4)
     assert not importance.isnan().any()
 
 
 def test_entropy_joins_attention() -> None:
-    importance = VFlowOptMap(t=0.65, alpha=1.0).importance(
-        DenseView(torch.tensor(ROWS)), lambda: torch.tensor([LEVELS], dtype=torch.float32)
-    )
+    grey = torch.tensor([LEVELS], dtype=torch.float32)
+    importance = Importance(t=0.65, alpha=1.0).of(DenseView(torch.tensor(ROWS), grey=grey))
     expected = [0.622329, 0.446612, 0.634447, 0.296612]
     assert importance[0].tolist() == pytest.approx(expected, abs=1e-6)
     assert importance[0].argsort(descending=True).tolist() == [2, 0, 1, 3]
@@ -264,9 +266,9 @@ def test_entropy_joins_attention() -> None:
     [(2.0, [0.072329, 0.196612, 0.534447, 0.196612]), (math.e, [1 / 9, 2 / 9, 4 / 9, 2 / 9])],
 )
 def test_base_of_the_entropy_matters(base: float, softmax: list[float]) -> None:
-    view = DenseView(torch.zeros(1, 4, 4))
     grey = torch.tensor([LEVELS], dtype=torch.float32)
-    importance = VFlowOptMap(alpha=1.0, log_base=base).importance(view, lambda: grey)
+    view = DenseView(torch.zeros(1, 4, 4), grey=grey)
+    importance = Importance(alpha=1.0, log_base=base).of(view)
     assert importance[0].tolist() == pytest.approx(softmax, abs=1e-6)
 
 
@@ -284,18 +286,17 @@ def test_entropy(patch: list[float], bits: float) -> None:
     # Beside a flat patch, the softmax of two entropies gives their difference away.
     grey = torch.tensor([[patch, [0.0] * len(patch)]], dtype=torch.float32)
     for base, unit in ((2.0, 1.0), (math.e, math.log(2))):
-        method = VFlowOptMap(alpha=1.0, log_base=base)
-        scores = method.importance(DenseView(torch.zeros(1, 2, 2)), lambda: grey)[0]
+        signal = Importance(alpha=1.0, log_base=base)
+        scores = signal.of(DenseView(torch.zeros(1, 2, 2), grey=grey))[0]
         assert (scores[0] / scores[1]).log().item() == pytest.approx(bits * unit, abs=2e-5)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.5, 1.0, 1.7, 3.3, 12.0, None])
 @pytest.mark.parametrize(("alpha", "base"), [(0.0, 2.0), (0.7, 2.0), (-0.4, math.e)])
 def test_importance_is_the_plain_loop(t: float | None, alpha: float, base: float) -> None:
-    view = random_view()
     grey = torch.randint(0, 6, (3, 20, 9)).float() * 40
-    pixels = (lambda: grey) if alpha else None
-    importance = VFlowOptMap(t=t, alpha=alpha, log_base=base).importance(view, pixels)
+    view = random_view(grey=grey if alpha else None)
+    importance = Importance(t=t, alpha=alpha, log_base=base).of(view)
     assert importance.shape == (3, 20) and importance.dtype == torch.float32
     for w in range(3):
         patches = grey[w].tolist() if alpha else None
@@ -306,32 +307,36 @@ def test_importance_is_the_plain_loop(t: float | None, alpha: float, base: float
 
 @pytest.mark.parametrize("tokens", [20, 150])
 def test_importance_sums_to_one(tokens: int) -> None:
-    view = random_view(tokens=tokens)
+    view = random_view(tokens=tokens, grey=torch.rand(3, tokens, 4) * 255)
     ones = torch.ones(3)
     torch.testing.assert_close(view.received().sum(dim=-1), tokens * ones)
-    torch.testing.assert_close(VFlowOptMap(t=0.3).importance(view, None).sum(dim=-1), ones)
-    grey = torch.rand(3, tokens, 4) * 255
-    both = VFlowOptMap(t=2.0, alpha=0.5).importance(view, lambda: grey)
+    torch.testing.assert_close(Importance(t=0.3).of(view).sum(dim=-1), ones)
+    both = Importance(t=2.0, alpha=0.5).of(view)
     torch.testing.assert_close(both.sum(dim=-1), 1.5 * ones)
 
 
 @pytest.mark.parametrize(("t", "rows"), [(28.683, 25), (34.760, 20), (39.265, 18), (None, 20)])
 def test_few_rows_are_read(t: float | None, rows: int) -> None:
     view = DenseView(torch.full((1, 729, 729), 1 / 729))
-    VFlowOptMap(t=t).importance(view, None)
+    Importance(t=t).of(view)
     assert view.rows_asked == rows
 
 
 def test_pixels_are_read_only_if_they_count() -> None:
-    VFlowOptMap().importance(random_view(), lambda: pytest.fail("not needed"))
-
-
-def test_importance_fails() -> None:
-    with pytest.raises(UnsupportedModelError, match="alpha=0.5 weighs the entropy .* set alpha=0"):
-        VFlowOptMap(alpha=0.5).importance(random_view(), None)
+    Importance().of(random_view())
+    with pytest.raises(AssertionError, match="grey was not to be read"):
+        Importance(alpha=0.5).of(random_view())
 
 
 # -- round one
+
+
+def round_one(**settings: Any) -> VFlowOptInput:
+    return VFlowOptInput(**{"importance": Importance(), "per": "item", **settings})
+
+
+def later_round(**settings: Any) -> VFlowOptLayer:
+    return VFlowOptLayer(**{"importance": Importance(), "per": "item", **settings})
 
 
 def plain_round_one(
@@ -401,10 +406,10 @@ def merged(features: Tensor, selection: Selection) -> Tensor:
 
 def test_worked_example() -> None:
     method = VFlowOpt(keep=0.348214, r1=0.5, r2=0.75, r3=0.5, cell=2, recycled=0.5)
-    _, one, two, three = method.stages(SHAPE)
+    one, two, three = method.stages(SHAPE)
     layout, importance = grid(4, 4), torch.arange(1.0, 17.0)
     context = input_context(layout, importance)
-    assert one.budget(layout).total == 8
+    assert one.budget(candidates(layout)).total == 8
     selection = one.select(context)
     assert selection.index.tolist() == [5, 7, 9, 11, 12, 13, 14, 15]
     assert {t: sorted(s) for t, s in merges_of(selection).items()} == {
@@ -417,13 +422,13 @@ def test_worked_example() -> None:
         [52 / 14, 116 / 22, 162 / 19, 242 / 23, 12, 13, 14, 15]
     )
     # Recycled tokens are the first to fall.
-    left = layout[selection.index]
-    assert two.budget(left).total == 6
-    later = two.select(input_context(left, layer=9, memory=context.memory))
+    left = selection.index
+    assert two.budget(candidates(layout, left)).total == 6
+    later = two.select(input_context(layout, importance, rows=left, layer=9))
     left = left[later.index]
-    assert (left.position - 5).tolist() == [9, 11, 12, 13, 14, 15]
-    last = three.select(input_context(left, layer=18, memory=context.memory))
-    assert (left[last.index].position - 5).tolist() == [13, 14, 15]
+    assert left.tolist() == [9, 11, 12, 13, 14, 15]
+    last = three.select(input_context(layout, importance, rows=left, layer=18))
+    assert left[last.index].tolist() == [13, 14, 15]
     assert (8 * 9 + 6 * 9 + 3 * 10) / (16 * 28) == pytest.approx(0.348214, abs=1e-6)
 
 
@@ -451,11 +456,11 @@ def test_round_one_is_the_plain_loop(
         "negative": -torch.rand(n),
     }[kind]
     for keep in (0.03, 0.1, 0.3, 0.6, 0.95):
-        stage = VFlowOptInput(keep=keep, cell=cell, recycled=recycled)
+        stage = round_one(keep=keep, cell=cell, recycled=recycled)
         selection = stage.select(input_context(layout, scores))
         kept, merges = plain_round_one(layout, scores.tolist(), keep, cell, recycled)
         assert selection.index.tolist() == kept
-        assert len(kept) == stage.budget(layout).total
+        assert len(kept) == stage.budget(candidates(layout)).total
         found = merges_of(selection)
         assert found.keys() == merges.keys()
         for target in merges:
@@ -464,7 +469,7 @@ def test_round_one_is_the_plain_loop(
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_merges_are_averages(layout: TokenLayout) -> None:
-    stage = VFlowOptInput(keep=0.4, cell=2, recycled=0.5)
+    stage = round_one(keep=0.4, cell=2, recycled=0.5)
     selection = stage.select(input_context(layout, torch.randn(len(layout))))
     assert (selection.index.diff() > 0).all()
     if selection.merge is None:
@@ -482,7 +487,7 @@ def test_merges_are_averages(layout: TokenLayout) -> None:
 @pytest.mark.parametrize("factor", [1e-4, 0.5, 1024.0])
 def test_scale_of_importance_plays_no_part(factor: float) -> None:
     layout, importance = LAYOUTS["mixed"], torch.rand(len(LAYOUTS["mixed"]))
-    stage = VFlowOptInput(keep=0.3, cell=2, recycled=0.5)
+    stage = round_one(keep=0.3, cell=2, recycled=0.5)
     one = stage.select(input_context(layout, importance))
     other = stage.select(input_context(layout, importance * factor))
     assert torch.equal(one.index, other.index)
@@ -498,17 +503,17 @@ def test_round_one_keeps_exactly_its_share(
 ) -> None:
     layout = LAYOUTS["mixed"]
     importance = torch.rand(len(layout), generator=torch.Generator().manual_seed(seed))
-    stage = VFlowOptInput(keep=keep, cell=cell, recycled=recycled)
+    stage = round_one(keep=keep, cell=cell, recycled=recycled)
     index = stage.select(input_context(layout, importance)).index
     for item, size in enumerate((9, 72, 9)):
         assert int((layout.item[index] == item).sum()) == count(keep, size)
-    assert stage.budget(layout).total == len(index)
+    assert stage.budget(candidates(layout)).total == len(index)
 
 
 def test_default_cells_follow_the_canvas() -> None:
     layout = grid(4, 6, 2, video=True)
     importance = torch.ones(48)
-    stage = VFlowOptInput(keep=0.5, recycled=1.0)
+    stage = round_one(keep=0.5, recycled=1.0)
     merges = merges_of(stage.select(input_context(layout, importance)))
     # Sides are 0.55 of 4 rows and 6 columns: 48 / (2.2 * 3.3) = 6 slots. The first 18 of equals
     # stay, which leaves one row of the first frame.
@@ -517,7 +522,7 @@ def test_default_cells_follow_the_canvas() -> None:
 
 def test_cells_do_not_cross_canvases() -> None:
     layout = LAYOUTS["video"]
-    selection = VFlowOptInput(keep=0.3, cell=9, recycled=1.0).select(
+    selection = round_one(keep=0.3, cell=9, recycled=1.0).select(
         input_context(layout, torch.rand(len(layout)))
     )
     assert selection.merge is not None
@@ -527,8 +532,8 @@ def test_cells_do_not_cross_canvases() -> None:
 def test_budget_per_prompt_ranks_items_together() -> None:
     layout = join(grid(2, 2), grid(2, 2))
     importance = torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8])
-    per_item = VFlowOptInput(keep=0.5, recycled=0.0)
-    jointly = VFlowOptInput(keep=0.5, recycled=0.0, per="prompt")
+    per_item = round_one(keep=0.5, recycled=0.0)
+    jointly = round_one(keep=0.5, recycled=0.0, per="prompt")
     assert per_item.select(input_context(layout, importance)).index.tolist() == [2, 3, 6, 7]
     assert jointly.select(input_context(layout, importance)).index.tolist() == [4, 5, 6, 7]
 
@@ -537,7 +542,7 @@ def test_round_one_fails() -> None:
     importance = torch.ones(16)
     importance[3] = torch.nan
     with pytest.raises(UnsupportedModelError, match="the importance map holds nan"):
-        VFlowOptInput(keep=0.5).select(input_context(grid(4, 4), importance))
+        round_one(keep=0.5).select(input_context(grid(4, 4), importance))
 
 
 # -- later rounds, and what passes between them
@@ -546,7 +551,7 @@ def test_round_one_fails() -> None:
 def test_later_rounds_rank_each_item_by_the_same_map() -> None:
     layout = LAYOUTS["mixed"]
     importance = torch.randn(len(layout))
-    selection = VFlowOptLayer(layer=9, keep=0.4).select(input_context(layout, importance, layer=9))
+    selection = later_round(layer=9, keep=0.4).select(input_context(layout, importance, layer=9))
     expected: list[int] = []
     for item in range(3):
         rows = (layout.item == item).nonzero()[:, 0].tolist()
@@ -554,24 +559,28 @@ def test_later_rounds_rank_each_item_by_the_same_map() -> None:
         expected += ranked[: count(0.4, len(rows))]
     assert selection.index.tolist() == sorted(expected)
     assert selection.merge is None
-    assert VFlowOptLayer(layer=9, keep=0.4).budget(layout).total == len(expected)
+    assert later_round(layer=9, keep=0.4).budget(candidates(layout)).total == len(expected)
 
 
-def test_rounds_share_one_map_by_position() -> None:
+def test_rounds_read_the_importance_of_what_is_left() -> None:
     layout, importance = grid(4, 4), torch.randn(16)
-    context = input_context(layout, importance)
-    VFlowOptInput(keep=0.5).select(context)
-    assert list(context.memory) == ["vflowopt"]
-    # Another method pruned in between; the map is not asked for again.
+    # Another method pruned in between.
     rows = torch.tensor([1, 4, 5, 9, 15])
-    later = input_context(layout[rows], None, layer=9, memory=context.memory)
-    selection = VFlowOptLayer(layer=9, keep=0.6).select(later)
+    later = input_context(layout, importance, rows=rows, layer=9)
+    selection = later_round(layer=9, keep=0.6).select(later)
     assert selection.scores is not None and torch.equal(selection.scores, importance[rows])
     assert selection.index.tolist() == sorted(importance[rows].topk(3).indices.tolist())
 
 
+def test_rounds_read_one_signal_and_two_methods_two() -> None:
+    steps = Recipe(VFlowOpt(keep=0.5, t=3.0), VFlowOpt(keep=0.1, r2=0.9)).steps(SHAPE)
+    assert [step.number for step in steps] == [0, 0, 1, 1, 1]
+    assert [step.stage.needs[0].t for step in steps] == [3.0, 3.0, None, None, None]
+    assert {step.stage.site for step in steps} == {Input(), Layer(9), Layer(18)}
+
+
 def test_calls_do_not_interact() -> None:
-    stage = VFlowOptInput(keep=0.5)
+    stage = round_one(keep=0.5)
     layout = grid(4, 4)
     for _ in range(2):
         importance = torch.randn(16)
@@ -579,8 +588,15 @@ def test_calls_do_not_interact() -> None:
         assert scores is not None and torch.equal(scores, importance)
 
 
+def test_rounds_can_be_kept_to_one_modality() -> None:
+    stages = VFlowOpt(keep=0.25, r2=0.9, on=("video",)).stages(SHAPE)
+    assert [stage.acts_on for stage in stages] == 3 * [{"video"}]
+    with pytest.raises(RecipeError, match="on must name some of .*, got 'picture'"):
+        VFlowOpt(on="picture")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("stage", VFlowOpt(keep=0.25, r2=0.9).stages(SHAPE), ids=lambda s: s.name)
 def test_parts_look_at_pictures_only(stage: Stage) -> None:
     assert stage.modalities == VFlowOpt.modalities == {"image", "video"}
     assert not stage.text_dependent
-    assert stage.needs == ({"encoder_map"} if stage.site != Encoder() else set())
+    assert stage.needs == (Importance(),)

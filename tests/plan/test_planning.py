@@ -22,12 +22,12 @@ from tests.tiny import NAMES, build, decoder_of
 from tokenprune import Recipe, prune
 from tokenprune.adapters.base import adapter_for
 from tokenprune.asking import ask
-from tokenprune.core.budget import allocate
-from tokenprune.core.context import CacheContext
+from tokenprune.core.budget import Budget, allocate
+from tokenprune.core.context import Candidates, Context
 from tokenprune.core.selection import Selection
-from tokenprune.core.selectors import top_per_group
+from tokenprune.core.selectors import top, top_per_group
 from tokenprune.core.site import Cache, Input, Layer, Site
-from tokenprune.core.stage import EncoderStage, Stage
+from tokenprune.core.stage import Stage
 from tokenprune.errors import MediaError, RecipeError, TokenPruneError, UnsupportedModelError
 from tokenprune.media.decode.pool import FrameDecoder
 from tokenprune.models.load import load_model, load_outline
@@ -185,25 +185,24 @@ def test_plans_in_groups_refuse_what_sessions_do(checkpoint, files, command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Brightest(Stage, part=True):
+class Brightest(Stage):
     """A method of others: settings of other names, and a look at features."""
 
     of_each_frame: float = 0.3
     where: Site = Input()
 
+    name = "brightest"
+
     @property
     def site(self) -> Site:
         return self.where
 
-    def budget(self, layout, rows=None):
-        return allocate(self.of_each_frame, "frame", layout, rows)
+    def budget(self, candidates: Candidates) -> Budget:
+        return allocate(self.of_each_frame, "frame", candidates)
 
-    def select(self, context):
-        if isinstance(context, CacheContext):
-            brightness, rows = context.keys.sum(dim=-1), context.rows
-        else:
-            brightness, rows = context.features.sum(dim=-1), None
-        return Selection(top_per_group(brightness, self.budget(context.layout, rows)))
+    def select(self, context: Context) -> Selection:
+        seen = context.keys if isinstance(self.where, Cache) else context.features
+        return Selection(top_per_group(seen.sum(dim=-1), self.budget(context)))
 
 
 BESIDE = {
@@ -268,8 +267,7 @@ def test_what_is_called_exact_is_what_happens(seed: int) -> None:
     name, recipe, _, _ = drawn(seed)
     one = model_of(name)
     adapter, inputs = adapter_for(one.model), one.inputs()
-    stages = Recipe(recipe).stages(adapter.shape)
-    acting = [stage for stage in stages if not isinstance(stage, EncoderStage)]
+    acting = Recipe(recipe).steps(adapter.shape)
     try:
         found = forecast(Prompt.of(adapter, inputs), acting)
     except TokenPruneError as error:
@@ -289,9 +287,10 @@ def test_what_is_called_exact_is_what_happens(seed: int) -> None:
     else:
         # What comes before the first uncertain stage is certain.
         first = acting[exact.index(False)]
-        sure = [stage for stage in acting[: exact.index(False)] if stage.site != first.site]
-        for stage in sure:
-            site = stage.site
+        for step in acting[: exact.index(False)]:
+            site = step.stage.site
+            if site == first.stage.site:
+                continue
             if not isinstance(site, Cache):
                 promised = found.call.media_tokens.per_site.get(site)
                 assert promised == report.media_tokens.per_site.get(site)
@@ -303,8 +302,7 @@ def test_most_drawn_recipes_are_exact_or_adaptive() -> None:
     for seed in range(60):
         name, recipe, _, _ = drawn(seed)
         adapter = adapter_for(model_of(name).model)
-        stages = Recipe(recipe).stages(adapter.shape)
-        acting = [stage for stage in stages if not isinstance(stage, EncoderStage)]
+        acting = Recipe(recipe).steps(adapter.shape)
         prompt = Prompt.of(adapter, model_of(name).inputs())
         try:
             exact += all(forecast(prompt, acting).exact)
@@ -324,6 +322,75 @@ def test_adaptive_methods_say_so(checkpoint, files):
     text = str(found)
     assert "~4 " in text and "~9" not in text
     assert "decided by what is seen or heard (plphp)" in text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undecided(Stage):
+    """Keeps half, which it does not say: between so many and two more, or nothing at all."""
+
+    least: int | None = None
+    where: Site = Input()
+
+    name = "undecided"
+
+    @property
+    def site(self) -> Site:
+        return self.where
+
+    def budget(self, candidates: Candidates) -> Budget:
+        if self.least is None:
+            return super().budget(candidates)
+        groups, counts = torch.zeros_like(candidates.rows), torch.tensor([self.least + 1])
+        return Budget.of(groups, counts, least=self.least, most=self.least + 2)
+
+    def select(self, context: Context) -> Selection:
+        seen = context.keys if isinstance(self.where, Cache) else context.features
+        return Selection(top(seen.sum(dim=-1), len(context) // 2))
+
+
+@pytest.mark.parametrize("where", [Input(), Layer(2), Cache()])
+def test_stages_that_only_name_bounds_are_planned_by_their_counts(where, checkpoint, files):
+    name = str(checkpoint("qwen2_vl"))
+    for least, planned in ((None, 18), (7, 8)):
+        found = plan(files.image, name, recipe=Recipe(Undecided(least=least, where=where)))
+        assert not found.exact and found.adaptive == ("undecided",)
+        assert found.stages[0].media_tokens == planned
+        # What comes after depends on it; a budget of its own that is sure to be met does not.
+        more = Recipe(Undecided(least=least, where=where), "uniform(keep=2 at=cache)")
+        found = plan(files.image, name, recipe=more)
+        assert found.stages[1].media_tokens == 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nothing(Stage):
+    """Keeps no token, and says so."""
+
+    where: Site = Input()
+
+    name = "nothing"
+
+    @property
+    def site(self) -> Site:
+        return self.where
+
+    def budget(self, candidates: Candidates) -> Budget:
+        groups = torch.zeros_like(candidates.rows)
+        return Budget.of(groups, torch.tensor([0]))
+
+    def select(self, context: Context) -> Selection:
+        return Selection(torch.zeros(0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("where", [Input(), Layer(2), Cache()])
+def test_a_stage_that_keeps_nothing_is_planned_as_it_runs(where, checkpoint, files):
+    recipe = Recipe(Nothing(where=where), "uniform(keep=0.5 at=3)")
+    name = str(checkpoint("llava_onevision"))
+    planned = plan(files.video, name, recipe=recipe, frames=5, question="what is it?")
+    found = ask(load_model(name), files.video, "what is it?", recipe=recipe, frames=5)
+
+    assert planned.exact and planned.stages[0].media_tokens == 0
+    assert planned.media_tokens == found.media_tokens
+    assert planned.kv_bytes == found.kv_bytes
 
 
 def test_counts_that_hang_on_an_earlier_choice_are_not_called_exact(checkpoint, files):

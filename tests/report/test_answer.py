@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from tokenprune.core.site import Cache, Encoder, Input, Layer
+from tokenprune.core.site import Cache, Input, Layer
 from tokenprune.report.answer import Answer, numbers, table
 from tokenprune.report.change import Change, MediaTokens, total
 from tokenprune.report.report import Report
@@ -72,14 +72,14 @@ def test_an_answer_as_json() -> None:
 
 
 def test_sites_go_into_text_and_back() -> None:
-    sites = {Encoder(): 40, Input(): 16, Layer(12): 8, Cache(): 2.5}
+    sites = {Input(): 16, Layer(0): 12, Layer(12): 8, Cache(): 2.5}
     tokens = MediaTokens(64, 2, sites)
     plain = json.loads(json.dumps(tokens.as_dict()))
 
     assert plain == {
         "before": 64,
         "after": 2,
-        "per_site": {"encoder": 40, "input": 16, "layer 12": 8, "cache": 2.5},
+        "per_site": {"input": 16, "layer 0": 12, "layer 12": 8, "cache": 2.5},
     }
     assert MediaTokens.from_dict(plain) == tokens
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from tests.checkpoints import loader
 from tests.releases import WATCHER
 from tokenprune import LoadedModel, Session, ask, read_media
-from tokenprune.engine.run import Given, Run
+from tokenprune.engine.prompt import Given
+from tokenprune.engine.run import Run
 from tokenprune.media import read_video
 
 RECIPE = "uniform(keep=0.5)"

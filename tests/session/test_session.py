@@ -23,7 +23,6 @@ from tokenprune.errors import MediaError, RecipeError, TokenPruneError, Unsuppor
 from tokenprune.eval.mini.sample import write_sample
 from tokenprune.inputs import read_media
 from tokenprune.media import read_video
-from tokenprune.methods.baselines import Uniform
 from tokenprune.models.load import load_model
 from tokenprune.session.file import identity
 from tokenprune.session.prefill import GroupPrefill
@@ -293,12 +292,6 @@ def test_a_closed_session_fails(session, files, tmp_path):
 def test_a_question_dependent_method_fails(loaded):
     with pytest.raises(RecipeError, match="plphp decides by the question, but a session prunes"):
         Session(loaded.model, loaded.processor, "uniform(keep=0.5) + plphp(keep=0.5)")
-
-
-def test_a_method_that_weighs_the_whole_video_fails(loaded, monkeypatch):
-    monkeypatch.setattr(Uniform, "joint", True)
-    with pytest.raises(RecipeError, match="uniform weighs a whole video at once"):
-        Session(loaded.model, loaded.processor, "uniform(keep=0.5)")
 
 
 @pytest.mark.parametrize("group", [0, -2, 3])

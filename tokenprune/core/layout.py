@@ -8,9 +8,11 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["AUDIO", "IMAGE", "MODALITIES", "VIDEO", "Modality", "TokenLayout"]
+__all__ = ["AUDIO", "IMAGE", "MODALITIES", "VIDEO", "Modality", "Per", "TokenLayout"]
 
 Modality = Literal["image", "video", "audio"]
+Per = Literal["prompt", "item", "frame", "second"]
+"""What a budget is spent over."""
 
 IMAGE: Final = 1
 VIDEO: Final = 2
@@ -79,7 +81,7 @@ class TokenLayout:
         frame = torch.where(self.modality == VIDEO, self.frame, -1)
         return _number(self.item, frame)
 
-    def groups(self, per: Literal["prompt", "item", "frame", "second"]) -> Tensor:
+    def groups(self, per: Per) -> Tensor:
         """Number the groups that a budget is spent over: `[N]` int64, from 0 in sequence order."""
         if per == "prompt":
             return torch.zeros_like(self.item)

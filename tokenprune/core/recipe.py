@@ -4,29 +4,43 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields
 from types import UnionType
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from tokenprune.core.context import ModelShape
 from tokenprune.core.registry import find_method
-from tokenprune.core.stage import EncoderStage, Method, Stage
+from tokenprune.core.stage import Method, Stage
 from tokenprune.errors import RecipeError
 
-__all__ = ["Recipe"]
+__all__ = ["Recipe", "Step"]
 
 Scalar = bool | int | float | str | None
-Value = Scalar | tuple[Scalar, ...]
+Value = Scalar | tuple[Scalar, ...] | Mapping[str, Scalar]
 
 _STRING = r'"(?:[^"\\]|\\.)*"'  # as in JSON; nothing inside it is split
 _PLUS = re.compile(r"\+(?![^()]*\))")  # not the sign of an exponent, inside parentheses
-_STEP = re.compile(rf'\s*([A-Za-z_]\w*)\s*(?:\(((?:[^()"]|{_STRING})*)\))?\s*')
-_SETTING = re.compile(rf'([A-Za-z_]\w*)\s*=\s*((?:[^\s=,"]|{_STRING})+)(?:\s+|$)')
+_STEP = re.compile(rf'\s*([A-Za-z_][\w.:]*)\s*(?:\(((?:[^()"]|{_STRING})*)\))?\s*')
+_SETTING = re.compile(
+    rf'([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)?)\s*=\s*((?:[^\s=,"]|{_STRING})+)(?:\s+|$)'
+)
 _PART = re.compile(rf'{_STRING}|[^/"]+')
 _BARE = re.compile(
     r"[\w.:-]+"
 )  # what may stand without quotes, if it reads as no number or constant
+
+
+class Step(NamedTuple):
+    """A stage of a recipe on a model.
+
+    Attributes:
+        number: Of its method in the recipe, from 0: stages of one method share state.
+        stage: The stage.
+    """
+
+    number: int
+    stage: Stage
 
 
 @dataclass(frozen=True, init=False)
@@ -35,8 +49,9 @@ class Recipe:
 
     The text form joins methods by `+` and has no commas, because evaluation tools split their
     arguments there: `vflowopt(keep=0.1) + plphp(keep=0.4)`. `none` is the empty recipe, which
-    prunes nothing; a bare name takes the method's defaults; `a/b/c` is a list. Text with spaces or
-    slashes is quoted as in JSON: `encoder="owner/name"`.
+    prunes nothing; a bare name takes the method's defaults; `a/b/c` is a list; `keep.audio=0.5` is
+    a value for audio alone. Text with spaces or slashes is quoted as in JSON:
+    `encoder="owner/name"`.
     """
 
     methods: tuple[Method, ...]
@@ -58,18 +73,15 @@ class Recipe:
     def __str__(self) -> str:
         return " + ".join(map(_write_step, self.methods)) or "none"
 
-    def stages(self, shape: ModelShape) -> tuple[Stage, ...]:
+    def steps(self, shape: ModelShape) -> tuple[Step, ...]:
         """The stages that run on a model of this shape, in the recipe's order."""
         for method in self.methods:
             method.check(shape)
-        stages = tuple(stage for method in self.methods for stage in method.stages(shape))
-        maps = [stage.name for stage in stages if isinstance(stage, EncoderStage)]
-        if len(set(maps)) < len(maps):
-            raise RecipeError(
-                f"recipe {str(self)!r} makes the encoder map {max(maps, key=maps.count)} twice; "
-                "use each method that reads the encoder once"
-            )
-        return stages
+        return tuple(
+            Step(number, stage)
+            for number, method in enumerate(self.methods)
+            for stage in method.stages(shape)
+        )
 
     @property
     def text_dependent(self) -> bool:
@@ -84,12 +96,21 @@ def _flatten(parts: tuple[Method | Recipe | str, ...]) -> Iterator[Method]:
         elif isinstance(part, Recipe):
             yield from part.methods
         elif isinstance(part, Method):
+            _check_named(type(part))
             yield part
         else:
             raise RecipeError(
                 f"a recipe is made of methods, recipes and texts, got {part!r}; "
                 "write for example VFlowOpt(keep=0.1)"
             )
+
+
+def _check_named(method: type[Method]) -> None:
+    if not vars(method).get("name"):
+        name = method.__name__
+        raise RecipeError(
+            f'{name} has no name of its own; write @method("{name.lower()}") above its @dataclass'
+        )
 
 
 def _split_steps(text: str) -> Iterator[str]:
@@ -111,10 +132,29 @@ def _parse_step(step: str, text: str) -> Method:
         )
     name, inside = match[1], (match[2] or "").strip()
     method = find_method(name)
-    return _build(method, dict(_settings(inside, text)))
+    return _build(method, _gather(_settings(inside, text), text))
 
 
-def _settings(inside: str, text: str) -> Iterator[tuple[str, Value]]:
+def _gather(
+    settings: Iterable[tuple[str, Scalar | tuple[Scalar, ...]]], text: str
+) -> dict[str, Value]:
+    """Settings by name; those of one name and several modalities are one mapping."""
+    found: dict[str, Value] = {}
+    for name, value in settings:
+        whole, _, part = name.partition(".")
+        if not part and name not in found:
+            found[name] = value
+            continue
+        parts = found.setdefault(whole, {})
+        if not part or not isinstance(parts, dict) or part in parts:
+            raise RecipeError(f"recipe {text!r} sets {whole} twice; leave one of them out")
+        if isinstance(value, tuple):
+            raise RecipeError(f"recipe {text!r} sets {name} to a list; give one value")
+        parts[part] = value
+    return found
+
+
+def _settings(inside: str, text: str) -> Iterator[tuple[str, Scalar | tuple[Scalar, ...]]]:
     at = 0
     while match := _SETTING.match(inside, at):
         try:
@@ -133,7 +173,7 @@ def _settings(inside: str, text: str) -> Iterator[tuple[str, Value]]:
 
 
 def _build(method: type[Method], settings: dict[str, Value]) -> Method:
-    known = [field.name for field in fields(method)]  # type: ignore[arg-type]  # all are dataclasses
+    known = [field.name for field in _settings_of(method)]
     for name in settings:
         if name not in known:
             raise RecipeError(f"{method.name} has no setting {name!r}; known: {', '.join(known)}")
@@ -149,7 +189,7 @@ def _build(method: type[Method], settings: dict[str, Value]) -> Method:
     except TypeError:
         for field in fields(method):  # type: ignore[arg-type]
             if field.name in settings and not _fits(settings[field.name], hints[field.name]):
-                value = _write(settings[field.name])
+                _, _, value = _write_setting(field.name, settings[field.name]).partition("=")
                 raise RecipeError(
                     f"{method.name} takes {field.name} as {field.type}, got {value!r}"
                 ) from None
@@ -165,12 +205,14 @@ def _fits(value: object, hint: object) -> bool:
         return isinstance(value, tuple) and all(_fits(part, parts[0]) for part in value)
     if get_origin(hint) is Literal:
         return value in parts
+    if isinstance(value, Mapping):
+        return get_origin(hint) is Mapping and all(_fits(one, parts[1]) for one in value.values())
     if hint is float:
         return type(value) in (int, float)
     return type(value) is hint
 
 
-def _read(word: str) -> Value:
+def _read(word: str) -> Scalar | tuple[Scalar, ...]:
     parts: list[str] = _PART.findall(word)
     if "/" in re.sub(_STRING, "", word):
         return tuple(map(_read_scalar, parts))
@@ -192,7 +234,7 @@ def _read_scalar(word: str) -> Scalar:
     return word
 
 
-def _write(value: Value) -> str:
+def _write(value: Scalar | tuple[Scalar, ...]) -> str:
     if isinstance(value, tuple):
         # A list of less than two still needs its mark.
         return "/".join(map(_write, value)) + ("/" if len(value) < 2 else "")
@@ -203,16 +245,27 @@ def _write(value: Value) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
+def _write_setting(name: str, value: Value) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}.{part}={_write(one)}" for part, one in value.items())
+    return f"{name}={_write(value)}"
+
+
 def _differs(value: Value, default: object) -> bool:
     # 1 equals 1.0, but as a budget one is a count and the other a share.
     return default is MISSING or value != default or type(value) is not type(default)
 
 
+def _settings_of(method: type[Method]) -> list[Field[Any]]:
+    """The settings of a method, its budget first."""
+    return sorted(fields(method), key=lambda one: one.name != "keep")  # type: ignore[arg-type]
+
+
 def _write_step(method: Method) -> str:
     changed = {
         field.name: getattr(method, field.name)
-        for field in fields(method)  # type: ignore[arg-type]
+        for field in _settings_of(type(method))
         if field.name == "keep" or _differs(getattr(method, field.name), field.default)
     }
-    inside = " ".join(f"{name}={_write(value)}" for name, value in changed.items())
+    inside = " ".join(_write_setting(name, value) for name, value in changed.items())
     return f"{method.name}({inside})" if inside else method.name

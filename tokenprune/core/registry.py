@@ -82,6 +82,11 @@ class Registry(Generic[C]):
                 self._load(plugin)
         return self._only(name)
 
+    def knows(self, name: str) -> bool:
+        """Whether anybody claims a name; `find` may raise all the same."""
+        self._import_own()
+        return name in self.claims or any(one.name == name for one in self._plugins())
+
     def usable(self) -> dict[str, type[C]]:
         """All that can be used, by name, sorted; entry points are loaded.
 

@@ -45,7 +45,7 @@ class Merge:
     Attributes:
         source: `[M]` int64, rows that give.
         target: `[M]` int64, rows that receive; every one of them is kept.
-        weight: `[M]` float, the weights of one target sum to 1.
+        weight: `[M]` float, any finite numbers: they sum to 1 for a mean, and need not.
     """
 
     source: Tensor
@@ -63,8 +63,9 @@ class Selection:
 
     Attributes:
         index: `[K]` int64, or `[H, K]` at a cache site (a set for each key-value head): kept
-            candidates in increasing order, as rows of the context's candidates.
-        merge: Who absorbs whom; None if what is not kept is dropped for good.
+            candidates in increasing order, counted among the candidates. `K` may be 0.
+        merge: Who absorbs whom, counted among the candidates, at the input and at layers; None if
+            what is not kept is dropped for good.
         scores: `[N]` or `[H, N]`, for pictures and reports; None if the stage has none.
     """
 

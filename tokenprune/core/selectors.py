@@ -26,15 +26,17 @@ def top_per_group(scores: Tensor, budget: Budget) -> Tensor:
 
     Args:
         scores: `[N]`, or `[H, N]` with one or the same groups for all heads.
-        budget: What is kept of each group.
+        budget: What is kept of each group; of the first head, if all heads have the same scores.
 
     Returns:
         `[K]` or `[H, K]`.
     """
     if budget.counts.shape[-1] == 1:
         return top(scores, budget.total)
-    groups = budget.groups.expand(scores.shape)
-    counts = budget.counts.expand(*scores.shape[:-1], -1)
+    groups, counts = budget.groups, budget.counts
+    if scores.ndim < groups.ndim:
+        groups, counts = groups[0], counts[0]
+    groups, counts = groups.expand(scores.shape), counts.expand(*scores.shape[:-1], -1)
     kept = _ranks(scores, groups, counts.shape[-1]) < counts.gather(-1, groups)
     return _exactly(kept, scores, budget.total)
 

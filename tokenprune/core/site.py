@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Cache", "Encoder", "Input", "Layer", "Site"]
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Inside the vision tower, at the block whose output becomes the features."""
-
-    def __str__(self) -> str:
-        return "encoder"
+__all__ = ["Cache", "Input", "Layer", "Site"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +35,12 @@ class Cache:
 
     layers: tuple[int, ...] | None = None
 
+    def covers(self, layer: int) -> bool:
+        """Whether the stage acts at the cache of this decoder layer."""
+        return self.layers is None or layer in self.layers
+
     def __str__(self) -> str:
         return "cache"
 
 
-Site = Encoder | Input | Layer | Cache
+Site = Input | Layer | Cache

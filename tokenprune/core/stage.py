@@ -3,46 +3,47 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tokenprune.core.budget import Budget
-from tokenprune.core.context import EncoderView, ModelShape
-from tokenprune.core.layout import MODALITIES, Modality, TokenLayout
-from tokenprune.core.registry import register
+from tokenprune.core.budget import Budget, Keep, allocate, check_budget, check_on
+from tokenprune.core.context import Candidates, Context, ModelShape
+from tokenprune.core.layout import MODALITIES, Modality, Per
 from tokenprune.core.selection import Selection
-from tokenprune.core.site import Cache, Encoder, Layer, Site
+from tokenprune.core.selectors import top_per_group
+from tokenprune.core.signal import Signal
+from tokenprune.core.site import Cache, Layer, Site
 from tokenprune.errors import RecipeError
 
-__all__ = ["EncoderStage", "Method", "Stage"]
+__all__ = ["Budgeted", "Method", "Scored", "Selective", "Stage"]
 
 
 class Method(ABC):
     """A published pruning method, or a baseline: a frozen dataclass of settings.
 
-    A subclass in `tokenprune/methods/` is registered under its class name in lower case, and takes
-    part in recipes, lists and contract tests from then on. A class that is only a part of another
-    method says so: `class _Second(Stage, part=True)`.
+    `@method("name")` above it makes it known by that name to recipes, lists and contract tests. A
+    stage that is only a part of another method has that one's name, as a class attribute.
     """
 
     name: ClassVar[str]
-    text_dependent: ClassVar[bool] = False
-    """Whether decisions depend on the prompt's text, so that they serve one question only."""
-    joint: ClassVar[bool] = False
-    """Whether decisions weigh a whole prompt at once, so that groups of frames cannot be decided
-    one after the other."""
     modalities: ClassVar[frozenset[Modality]] = frozenset(MODALITIES)
-    """Kinds of media tokens the method looks at; others are not among its candidates."""
+    """Kinds of media tokens the method can look at."""
 
-    def __init_subclass__(cls, *, part: bool = False, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        # A part goes by the name of its method, if it gives one: users know no other.
-        if not part or "name" not in cls.__dict__:
-            cls.name = cls.__name__.lower()
-        if not part:
-            register(cls.name, cls)
+    @property
+    def needs(self) -> tuple[Signal[Any], ...]:
+        """The signals that its stages read, beside those that are free.
+
+        Free are `Hidden()` at the input and at layers, `Keys()` and `Values()` at a cache. A stage
+        that reads none at all decides by where tokens are alone, so a plan can run it.
+        """
+        return ()
+
+    @property
+    def text_dependent(self) -> bool:
+        """Whether decisions depend on the prompt's text, so that they serve one question only."""
+        return any(signal.text_dependent for signal in self.needs)
 
     @abstractmethod
     def stages(self, shape: ModelShape) -> tuple[Stage, ...]:
@@ -65,63 +66,100 @@ class Method(ABC):
                         f"{self.name} acts at layer {layer}, but the model has layers 0 to "
                         f"{shape.layers - 1}; choose one of these"
                     )
+            for signal in stage.needs:
+                signal.check(site)
+                if signal not in self.needs:
+                    raise RecipeError(
+                        f"a stage of {self.name} reads {signal}, which the needs of {self.name} do "
+                        "not name; add it there"
+                    )
 
 
-class Stage(Method, part=True):
+class Stage(Method):
     """One decision at one site: settings only, no state."""
-
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """What the engine must collect for it: "encoder_map", "attention_rows"."""
 
     @property
     @abstractmethod
     def site(self) -> Site:
         """Where the stage acts."""
 
-    def budget(self, layout: TokenLayout, rows: Tensor | None = None) -> Budget | None:
-        """How many tokens of which groups survive, known before anything is scored.
+    @property
+    def acts_on(self) -> frozenset[Modality]:
+        """Kinds of media tokens among its candidates; others pass by."""
+        return self.modalities
 
-        The engine holds a stage to an exact budget; a plan reckons with any. A stage without one
-        is adaptive, and a plan takes it to keep all.
+    def budget(self, candidates: Candidates) -> Budget:
+        """How many candidates of which groups survive, as far as it is known before scoring.
 
-        Args:
-            layout: The candidates, or the tokens that `rows` refers to.
-            rows: `[H, N]`, the candidates of each key-value head at a cache site; None if they are
-                the layout.
+        The engine holds a stage to its bounds; a plan reckons with the counts. By default content
+        alone decides.
         """
-        return None
+        return Budget.adaptive(candidates)
+
+    def queries(self, candidates: Candidates) -> Tensor:
+        """The tokens whose attention an `Attention(queries="own")` signal shows.
+
+        Returns:
+            `[R]` int64, rows of `candidates.layout` among `candidates.rows`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads queries of its own and names none")
 
     @abstractmethod
-    def select(self, context: Any) -> Selection:
-        """Decide which candidates survive.
-
-        Args:
-            context: A `Context`, `LayerContext` or `CacheContext`, as the site has it.
-        """
+    def select(self, context: Context) -> Selection:
+        """Decide which candidates survive."""
 
     def stages(self, shape: ModelShape) -> tuple[Stage, ...]:
         return (self,)
 
 
-class EncoderStage(Stage, part=True):
-    """A stage that drops nothing, but makes a map of the encoder's views for later stages."""
+@dataclass(frozen=True, kw_only=True)
+class Selective(Stage):
+    """A stage that can be kept to some modalities.
+
+    Args:
+        on: Modalities that are pruned; others pass by. None for all that the method can look at.
+    """
+
+    on: Modality | tuple[Modality, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "on", check_on(self.on))
 
     @property
-    def site(self) -> Site:
-        return Encoder()
+    def acts_on(self) -> frozenset[Modality]:
+        on = (self.on,) if isinstance(self.on, str) else self.on
+        return self.modalities if on is None else self.modalities.intersection(on)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budgeted(Selective):
+    """A stage whose count is set before anything is scored.
+
+    Args:
+        keep: Share or number of tokens kept of each group of `per`, or one of them for each
+            modality (others are kept whole).
+        per: "prompt", "item", "frame" (an image or sound is one too) or "second".
+        on: Modalities that are pruned; others pass by. None for all that the method can look at.
+    """
+
+    keep: Keep = 0.5
+    per: Per = "prompt"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "keep", check_budget(self.keep, self.per))
+
+    def budget(self, candidates: Candidates) -> Budget:
+        return allocate(self.keep, self.per, candidates)
+
+
+class Scored(Stage):
+    """A stage that keeps the candidates of the highest scores in each group of its budget."""
 
     @abstractmethod
-    def importance(self, view: EncoderView, grey: Callable[[], Tensor] | None) -> Tensor:
-        """Score the tokens of each view.
+    def score(self, context: Context) -> Tensor:
+        """`[N]`, or `[H, N]` at a cache if each key-value head chooses for itself."""
 
-        Args:
-            view: The attention of the block.
-            grey: Returns the pixels below each token as grey levels 0..255, `[W, Nv, pixels]`
-                float32; None if the family cannot give them.
-
-        Returns:
-            `[W, Nv]` float32.
-        """
-
-    def select(self, context: Any) -> Selection:
-        raise TypeError("an EncoderStage makes a map and selects nothing")
+    def select(self, context: Context) -> Selection:
+        scores = self.score(context)
+        return Selection(top_per_group(scores, self.budget(context)), scores=scores)

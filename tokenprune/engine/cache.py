@@ -16,13 +16,13 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tokenprune.core.indices import pack_mask
+from tokenprune.engine.sequence import Sequence
 from tokenprune.errors import UnsupportedModelError
 
 __all__ = [
     "CACHE_NAME",
     "CACHE_NAMES",
     "PrunedLayer",
-    "SequenceClock",
     "adopt",
     "cache_among",
     "cache_bytes",
@@ -47,51 +47,6 @@ _NO_INDEX: Final = torch.zeros(1, 1, 0, dtype=torch.int64)
 """The index of every layer that stores nothing: one object, so that layers know theirs is equal."""
 
 
-class SequenceClock:
-    """What the layers of one cache share.
-
-    Attributes:
-        end: Logical length of the sequence after the forward in progress.
-        rows: `[B, Q]` logical index of each hidden state in flight, -1 for holes; None between
-            forwards, when nothing may be stored.
-        holes: Whether `rows` has any.
-        shift: `[B, 1]`, how far positions lag behind logical indices (compact positions only).
-    """
-
-    def __init__(self) -> None:
-        self.end = 0
-        self.rows: Tensor | None = None
-        self.holes = False
-        self.shift: Tensor | None = None
-        self._extended: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def extend(self, index: Tensor) -> Tensor:
-        """Append the rows in flight to a layer's index `[B, H, S]`.
-
-        Layers with one and the same index get one and the same result, so that masks built from
-        it are built once.
-        """
-        if self.rows is None:
-            raise UnsupportedModelError(
-                "this cache was pruned: its stored tokens are not the whole sequence; "
-                "go on inside `with prune(model, ...)`, or start with a fresh cache"
-            )
-        if self._extended is not None:
-            old, rows, new = self._extended
-            if old is index and rows is self.rows:
-                return new
-        if index is _NO_INDEX:
-            new = self.rows[:, None]
-        else:
-            new = torch.cat([index, self.rows[:, None].expand(-1, index.shape[1], -1)], dim=-1)
-        self._extended = (index, self.rows, new)
-        return new
-
-    def stop(self) -> None:
-        """Let nothing be stored until the next forward, which compilers find as it was before."""
-        self.rows = self._extended = None
-
-
 class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
     """Keys and values of one decoder layer, with the logical index of each.
 
@@ -107,9 +62,9 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
     keys: Tensor
     values: Tensor
 
-    def __init__(self, clock: SequenceClock, window: int | None = None) -> None:
+    def __init__(self, sequence: Sequence, window: int | None = None) -> None:
         super().__init__()
-        self.clock = clock
+        self.sequence = sequence
         self.window = window
         self._clear()
 
@@ -122,9 +77,9 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         self._forgotten = -1  # the last token that the window has left behind for good
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.index = self.shown = self.clock.extend(self.index)
-        self.holes = self.holes or self.clock.holes
-        fresh, self.seen = self.clock.end - self.seen, self.clock.end
+        self.index = self.shown = self.sequence.extend(self.index, self.index is _NO_INDEX)
+        self.holes = self.holes or self.sequence.holes
+        fresh, self.seen = self.sequence.end - self.seen, self.sequence.end
         self._tail += keys.shape[-2]
         if self.is_initialized and self.keys.device != keys.device:  # as read from a file
             self.keys, self.values = self.keys.to(keys.device), self.values.to(keys.device)
@@ -162,11 +117,11 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         Returns:
             Whether anything was forgotten: this is done in steps.
         """
-        if self.window is None or self.clock.rows is None:
+        if self.window is None or self.sequence.rows is None:
             return False
         if self.index.shape[-1] < self.window + 2 * _SLACK:
             return False
-        last = int(self.clock.rows.max(dim=1).values.min())
+        last = int(self.sequence.rows.max(dim=1).values.min())
         self._forgotten = max(self._forgotten, last + 1 - self.window - _SLACK)
         self.select(pack_mask(self.index > self._forgotten))
         self.holes = bool((self.index < 0).any())
@@ -189,7 +144,8 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
                 f"cannot take back {removed} tokens: layers with a sliding window of {self.window} "
                 f"remember {_SLACK} tokens beyond it; roll back less, or start with a fresh cache"
             )
-        self.seen = self.clock.end = max(0, length)
+        self.seen = max(0, length)
+        self.sequence.crop(self.seen)
         if removed <= self._tail:
             stay = self.keys.shape[-2] - removed
             tail = self._tail - removed
@@ -203,8 +159,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
     def reset(self) -> None:
         super().reset()
         self._clear()
-        self.clock.end, self.clock.shift = 0, None
-        self.clock.stop()
+        self.sequence.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._on_batch(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -263,7 +218,7 @@ def _is_pruned(cache: Cache) -> bool:
     return bool(cache.layers) and all(isinstance(layer, PrunedLayer) for layer in cache.layers)
 
 
-def adopt(cache: Cache, layers: int) -> SequenceClock:
+def adopt(cache: Cache, layers: int) -> Sequence:
     """Make an empty dynamic cache a pruned one, in place, since `generate` keeps its reference.
 
     Raises:
@@ -271,13 +226,13 @@ def adopt(cache: Cache, layers: int) -> SequenceClock:
     """
     check_cache(cache)
     if _is_pruned(cache):
-        clock: SequenceClock = cache.layers[0].clock
-        return clock
-    clock = SequenceClock()
+        known: Sequence = cache.layers[0].sequence
+        return known
+    sequence = Sequence()
     windows = [getattr(layer, "sliding_window", None) for layer in cache.layers] or [None] * layers
-    cache.layers = [PrunedLayer(clock, window) for window in windows]
+    cache.layers = [PrunedLayer(sequence, window) for window in windows]
     cache.layer_class_to_replicate = None
-    return clock
+    return sequence
 
 
 def cache_bytes(cache: Cache) -> int:

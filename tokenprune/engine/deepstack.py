@@ -34,13 +34,26 @@ class DeepStack:
 
     def copied(self) -> DeepStack:
         """The same with features that may be written to."""
-        return DeepStack([one.clone() for one in self.features], self.row)
+        return DeepStack([one.clone() for one in self.features], self.row.clone())
 
     def absorb_(self, sample: int, source: Tensor, target: Tensor, weight: Tensor) -> None:
-        """Merge features as hidden states are merged: indices `[M]` into the input of a sample."""
+        """Merge features as hidden states are merged: indices `[M]` into the input of a sample.
+
+        Tokens without features, those of sound, give nothing, and have some once they absorb any.
+        """
         row = self.row[sample]
+        source, target = source.to(row.device), target.to(row.device)
+        bare = torch.unique(target[row[target] < 0])
+        if len(bare):
+            first = len(self.features[0])
+            row[bare] = torch.arange(first, first + len(bare), device=row.device)
+            self.features = [
+                torch.cat([one, one.new_zeros(len(bare), one.shape[1])]) for one in self.features
+            ]
+        given = row[source]
+        weight = torch.where(given >= 0, weight.to(row.device), 0)
         for one in self.features:
-            absorb_(one, row[source], row[target], weight)
+            absorb_(one, given.clamp_min(0), row[target], weight)
 
     def add(self, layer: int, hidden: Tensor, source: Tensor | None) -> Tensor:
         """Hidden states with the features of a layer added to media tokens.

@@ -14,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from tokenprune.adapters.base import MediaCall, Tower
 from tokenprune.core.layout import Modality
+from tokenprune.core.signal import EncoderSignal
 from tokenprune.engine.hooks import add_hook, switch_attention
 from tokenprune.engine.masks import base_attention
 from tokenprune.engine.schedule import Schedule
@@ -32,13 +33,13 @@ class EncoderCalls:
     """The encoder calls of the prompt at hand.
 
     Args:
-        schedule: Whose encoder stages read the towers.
+        schedule: Whose signals are read from the towers.
         report: Is told how long encoders took.
     """
 
     def __init__(self, schedule: Schedule, report: Report) -> None:
         self._adapter = schedule.adapter
-        self._stages = schedule.encoder
+        self._signals = schedule.encoder
         self._report = report
         self._calls: list[MediaCall] = []
         self._ahead: list[MediaCall] = []  # encoded before the base model was called
@@ -103,8 +104,9 @@ class EncoderCalls:
     def read_towers(self, stack: ExitStack) -> None:
         """Let the towers show their attention until the stack closes."""
         inside: dict[nn.Module, Tower] = {}
+        read = frozenset[Modality]().union(*self._signals.values())
         for modality in self._adapter.modalities:
-            tower = self._adapter.tower(modality)
+            tower = self._adapter.tower(modality) if modality in read else None
             if tower is not None:
                 inside |= dict.fromkeys(tower.block.modules(), tower)
         for tower in set(inside.values()):
@@ -127,7 +129,8 @@ class EncoderCalls:
                 **kw: Any,
             ) -> Any:
                 if module in inside:
-                    self._read(inside[module], query, key, kw)
+                    mask = args[1] if len(args) > 1 else kw.get("attention_mask")
+                    self._read(inside[module], query, key, kw, mask)
                 return base_attention(_base, module)(module, query, key, *args, **kw)
 
             # The base's name stays part of the new one: towers look for "flash" in it.
@@ -139,8 +142,8 @@ class EncoderCalls:
         """Read a block that is not of transformers, but calls torch's attention."""
         open_taps: list[tuple[ExitStack, AttentionTap]] = []
 
-        def show(query: Tensor, key: Tensor, scaling: float | None) -> None:
-            self._read(tower, query, key, {"scaling": scaling})
+        def show(query: Tensor, key: Tensor, scaling: float | None, mask: Tensor | None) -> None:
+            self._read(tower, query, key, {"scaling": scaling}, mask)
 
         def enter(*_: Any) -> None:
             opened, tap = ExitStack(), AttentionTap(show)
@@ -160,37 +163,50 @@ class EncoderCalls:
         add_hook(stack, tower.block, "register_forward_hook", leave, always_call=True)
 
     @torch.no_grad()
-    def _read(self, tower: Tower, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
+    def _read(
+        self,
+        tower: Tower,
+        query: Tensor,
+        key: Tensor,
+        kwargs: dict[str, Any],
+        mask: Tensor | None,
+    ) -> None:
         """Read one attention of a tower, `[W, heads, P + Nv, d]`, once with others like it.
 
         Towers for pictures of any size attend view by view; to score each alone would take longer
         than to encode it.
         """
         call = self._current
-        if call is None:
+        if call is None or not self._readers(call):
             return
         lengths = self._adapter.view_lengths(call)
         if lengths is None and (boundaries := kwargs.get("cu_seq_lens_q")) is not None:
             lengths = boundaries.diff().tolist()
         kind, padding = (tower, kwargs.get("scaling")), self._adapter.padding(call)
+        bias = mask if tower.biased else None  # of others padding and boundaries are known
         for views in split_views(query, key, lengths):
             alike = self._views and self._views[0][0].shape[1:] == views[0].shape[1:]
             if not alike or self._tower != kind or self._held() > _HELD_ELEMENTS:
                 self._score_views()
             self._views.append(views)
             self._tower = kind
-            if padding is not None or len(views[0]) > 1:  # many already: nothing is gained
-                self._score_views(padding)
+            if padding is not None or bias is not None or len(views[0]) > 1:  # or many already
+                self._score_views(padding, bias)
+
+    def _readers(self, call: MediaCall) -> list[EncoderSignal]:
+        """The signals that are wanted of what a call encodes."""
+        return [one for one, modalities in self._signals.items() if call.modality in modalities]
 
     def _held(self) -> int:
         return sum(query.numel() + key.numel() for query, key in self._views)
 
     @torch.no_grad()
-    def _score_views(self, padding: Tensor | None = None) -> None:
-        """Let the encoder stages make their maps of the views that were read.
+    def _score_views(self, padding: Tensor | None = None, bias: Tensor | None = None) -> None:
+        """Compute the encoder signals of the views that were read.
 
         Args:
             padding: As `Adapter.padding` gives it.
+            bias: What the tower adds to the scores.
         """
         call = self._current
         if not self._views or self._tower is None or call is None:
@@ -200,12 +216,12 @@ class EncoderCalls:
             query, key = (torch.cat(parts) for parts in zip(*self._views, strict=True))
         self._views.clear()
         tower, scaling = self._tower
-        view = StreamedView(query, key, scaling, tower.prefix_tokens, padding)
-        for stage in self._stages:
-            if call.modality in stage.modalities:
-                maps = call.maps.setdefault(stage.name, [])
-                grey = functools.partial(self._grey, call, len(maps), view.views)
-                maps.extend(stage.importance(view, grey).unbind())
+        call.view_tokens.extend([query.shape[2] - tower.prefix_tokens] * len(query))
+        for signal in self._readers(call):
+            maps = call.maps.setdefault(signal, [])
+            grey = functools.partial(self._grey, call, len(maps), len(query))
+            view = StreamedView(query, key, scaling, tower.prefix_tokens, padding, bias, grey)
+            maps.extend(_checked(signal, signal.of(view), view).unbind())
 
     def _grey(self, call: MediaCall, first: int, views: int) -> Tensor:
         """The pixels below each token of some views, `[W, Nv, pixels]`."""
@@ -219,3 +235,15 @@ class EncoderCalls:
                 )
             self._patches = call, patches
         return torch.stack(self._patches[1][first : first + views])
+
+
+def _checked(signal: EncoderSignal, found: Tensor, view: StreamedView) -> Tensor:
+    """What a signal made of some views, if it has the shape that it must have."""
+    of_tokens = found.shape[:2] == (view.views, view.tokens) and found.ndim in (2, 3)
+    if of_tokens if signal.per == "token" else found.ndim == 2 and len(found) == view.views:
+        return found
+    rule = "[W, Nv] or [W, Nv, C]" if signal.per == "token" else "[W, C]"
+    raise RecipeError(
+        f"{signal} must give {rule} of {view.views} views of {view.tokens} tokens, got "
+        f"{list(found.shape)}"
+    )

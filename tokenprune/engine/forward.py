@@ -11,13 +11,16 @@ from transformers.cache_utils import Cache
 
 from tokenprune.core.indices import take
 from tokenprune.core.selection import Merge
-from tokenprune.engine.cache import PrunedLayer, SequenceClock, adopt, cache_bytes, full_cache_bytes
+from tokenprune.engine.cache import PrunedLayer, adopt, cache_bytes, full_cache_bytes
 from tokenprune.engine.deepstack import DeepStack, absorb_
 from tokenprune.engine.flight import Flight
 from tokenprune.engine.masks import LazyMask
 from tokenprune.engine.prefill import Prefill
 from tokenprune.engine.prompt import Prompt, Sample
+from tokenprune.engine.rows import Attended
 from tokenprune.engine.schedule import Schedule
+from tokenprune.engine.sequence import Prefilled, Sequence
+from tokenprune.engine.signals import Probing
 from tokenprune.errors import RecipeError
 from tokenprune.report.report import Call
 
@@ -40,7 +43,7 @@ class Forward:
 
     Attributes:
         flight: The tokens in flight.
-        clock: Shared by the layers of the cache.
+        sequence: What it goes on, shared by the layers of the cache.
         prefill: The prompt on its way through the layers; None if this forward brings no media.
     """
 
@@ -55,13 +58,13 @@ class Forward:
         self._schedule = schedule
         self._cache = cache
         layers = schedule.adapter.shape.layers
-        self.clock = SequenceClock() if cache is None else adopt(cache, layers)
-        self.flight = Flight(batch, self.clock.end, length, device)
+        self.sequence = Sequence() if cache is None else adopt(cache, layers)
+        self.flight = Flight(batch, self.sequence.end, length, device)
         self.prefill: Prefill | None = None
         self._deepstack: DeepStack | None = None
         self._narrows_at_once = False
         self._cut: dict[int, Any] = {}
-        self.clock.end += length
+        self.sequence.end += length
         self._show_rows()
 
     # -- in order
@@ -81,60 +84,70 @@ class Forward:
             return
         real = padding_of(kwargs.get("attention_mask"))
         if real is not None:
-            real = real[:, self.flight.past : self.clock.end]
-        adapter, past = self._schedule.adapter, self.flight.past
-        prefill = self.prefill = Prefill(adapter, prompt, real, past)
-        prefill.call.length = self.clock.end
+            real = real[:, self.flight.past : self.sequence.end]
+        prefill = self.prefill = Prefill(self._schedule, prompt, real, self.flight, self.sequence)
         hidden, before = kwargs["inputs_embeds"], prefill.alive
-        for stage in self._schedule.input:
+        for step in self._schedule.input:
             with torch.no_grad():  # what is decided, weights included, is constant to gradients
-                merges = prefill.prune(stage, hidden, self.flight)
+                merges = prefill.prune(step, -1, hidden)
             hidden = self._merge(hidden, merges)
         kwargs["inputs_embeds"] = hidden
+        prefill.signals.enter_model(hidden)
         # Rows leave where the first layer begins: the model's own code before it sees all of them.
         self._narrows_at_once = prefill.has_changed(before)
         self._renumber(kwargs, prefill.tokens() if self._narrows_at_once else None)
 
-    def enter_layer(self, number: int, hidden: Tensor) -> Tensor | None:
+    def enter_layer(
+        self, number: int, hidden: Tensor, probing: Probing | None = None
+    ) -> Tensor | None:
         """Run the stages of a layer.
 
         Args:
             number: Of the decoder layer, from 0.
             hidden: `[B, Q, D]`, about to enter it.
+            probing: Shows what the layer will attend with; None if nothing can.
 
         Returns:
-            `[B, Q', D]`, what enters it instead; None if nothing leaves here.
+            `[B, Q', D]`, what enters it instead; None if nothing changes here.
         """
         prefill = self.prefill
         if prefill is None:
             return None
-        before = prefill.alive
-        for stage in self._schedule.layer.get(number, ()):
+        before, entered = prefill.alive, hidden
+        prefill.signals.before_layer(number, probing, narrowed=False)
+        for step in self._schedule.layer.get(number, ()):
             with torch.no_grad():
-                prefill.prune(stage, hidden, self.flight)
+                merges = prefill.prune(step, number, hidden)
+            hidden = self._merge(hidden, merges)
         prefill.enter_layer(number)
-        if not prefill.has_changed(before) and not (number == 0 and self._narrows_at_once):
-            return None
-        gather = self.flight.narrow(prefill.tokens())
-        self._show_rows()
-        return take(hidden, gather, 1)
+        if prefill.has_changed(before) or (number == 0 and self._narrows_at_once):
+            gather = self.flight.narrow(prefill.tokens())
+            self._show_rows()
+            hidden = take(hidden, gather, 1)
+        prefill.signals.enter_layer(number, hidden)
+        return None if hidden is entered else hidden
 
-    def after_attention(
-        self,
-        number: int,
-        layer: PrunedLayer,
-        last_row: Callable[[], Tensor] | None = None,
-    ) -> None:
+    def probe_layer(self, number: int, probing: Probing) -> None:
+        """Probe a layer with what really enters it, for the stages that look at it later."""
+        if self.prefill is not None:
+            self.prefill.signals.before_layer(number, probing, narrowed=True)
+
+    def attended(self, number: int, attended: Callable[[], Attended]) -> None:
+        """Collect what stages ask of the attention that a layer has just computed."""
+        if self.prefill is not None:
+            with torch.no_grad():
+                self.prefill.signals.attended(number, attended)
+
+    def after_attention(self, number: int, layer: PrunedLayer) -> None:
         """Run the stages on the cache of a layer, which has just stored its keys and values.
 
         Args:
             number: Of the decoder layer, from 0.
             layer: Its cache.
-            last_row: Gives the attention `[B, heads, S]` of the last query; None if there is none.
         """
         prefill = self.prefill
         if prefill is not None:
-            self._prune_cache(prefill, number, layer, last_row)
+            self._prune_cache(prefill, number, layer)
         if layer.evict() and prefill is not None:
             prefill.leave_window(number, layer)
 
@@ -155,6 +168,7 @@ class Forward:
             call.kv_bytes_after = cache_bytes(self._cache)
         elif self._schedule.cache:
             call.warnings.append("use_cache=False: there is no cache to prune")
+        self.sequence.prompts.append(Prefilled(self.flight.past, call))
         return call
 
     # -- what layers and attention are told
@@ -196,7 +210,7 @@ class Forward:
     # -- how
 
     def _show_rows(self) -> None:
-        self.clock.rows, self.clock.holes = self.flight.rows, self.flight.holes
+        self.sequence.rows, self.sequence.holes = self.flight.rows, self.flight.holes
         self._cut = {}
 
     def _merge(self, hidden: Tensor, merges: list[tuple[Sample, Merge]]) -> Tensor:
@@ -209,8 +223,9 @@ class Forward:
         for sample, merge in merges:
             position = sample.layout.position - self.flight.past
             source, target = position[merge.source], position[merge.target]
-            absorb_(hidden[sample.number], source, target, merge.weight)
-            if self._deepstack is not None:
+            here, there = (self.flight.locate(sample.number, one) for one in (source, target))
+            absorb_(hidden[sample.number], here, there, merge.weight)
+            if self._deepstack is not None:  # what the layers to come add
                 self._deepstack.absorb_(sample.number, source, target, merge.weight)
         return hidden
 
@@ -218,7 +233,7 @@ class Forward:
         """Compact positions: what is left counts without gaps."""
         if not self._schedule.compact:
             return
-        flight, clock = self.flight, self.clock
+        flight, sequence = self.flight, self.sequence
         batch, length = flight.rows.shape
         device = flight.rows.device
         positions = kwargs.get("position_ids")
@@ -228,9 +243,9 @@ class Forward:
             raise RecipeError(
                 "positions='compact' needs one-dimensional positions; use positions='original'"
             )
-        if clock.shift is None:
-            clock.shift = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        positions = positions.to(device).expand(batch, length) - clock.shift
+        if sequence.shift is None:
+            sequence.shift = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        positions = positions.to(device).expand(batch, length) - sequence.shift
         if tokens is not None:
             gone = torch.ones(batch, length, dtype=torch.int64, device=device)
             for number, kept in enumerate(tokens):
@@ -239,28 +254,20 @@ class Forward:
             if real is not None:  # padding never counted
                 gone = gone * real[:, flight.past : flight.past + length].to(device)
             positions = positions - (gone.cumsum(1) - gone)  # [B, S]
-            clock.shift = clock.shift + gone.sum(1, keepdim=True)
+            sequence.shift = sequence.shift + gone.sum(1, keepdim=True)
         kwargs["position_ids"] = positions
 
-    def _prune_cache(
-        self,
-        prefill: Prefill,
-        number: int,
-        layer: PrunedLayer,
-        last_row: Callable[[], Tensor] | None,
-    ) -> None:
-        stages = self._schedule.cache_stages(number)
-        if not stages:
+    def _prune_cache(self, prefill: Prefill, number: int, layer: PrunedLayer) -> None:
+        steps = self._schedule.cache_steps(number)
+        if not steps:
             return
         if layer.window is not None:
             warning = "layers with a sliding window forget by themselves: their caches are kept"
             if warning not in prefill.call.warnings:
                 prefill.call.warnings.append(warning)
             return
-        wanted = any("attention_rows" in stage.needs for stage in stages)
         with torch.no_grad():
-            row = last_row() if wanted and last_row is not None else None
-            kept = prefill.prune_cache(stages, number, layer, self.flight, row)
+            kept = prefill.prune_cache(steps, number, layer)
         if kept is not None:
             layer.select(kept[0])
             layer.holes = kept[1]

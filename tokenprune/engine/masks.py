@@ -1,4 +1,4 @@
-"""Attention over pruned rows and keys: masks at logical indices, and single rows of scores."""
+"""Masks of attention over pruned rows and keys, evaluated at logical indices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["LazyMask", "attention_row", "base_attention", "last_query_mask", "mask_for_kernel"]
+__all__ = ["LazyMask", "base_attention", "mask_for_kernel", "query_mask"]
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -60,12 +60,12 @@ class LazyMask:
         shape = (len(queries), keys.shape[1], queries.shape[1], keys.shape[2])
         mask = torch.empty(shape, dtype=torch.bool, device=queries.device)
         for start in range(0, queries.shape[1], step):
-            mask[:, :, start : start + step] = self._rows(queries[:, start : start + step], keys)
+            mask[:, :, start : start + step] = self.rows(queries[:, start : start + step], keys)
         self._last = (queries, keys, mask)
         return mask
 
-    def _rows(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """The mask of some queries, `[B, 1 or H, Q, S]`."""
+    def rows(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """As a call, but at once, and not remembered: for a few queries."""
         batch = torch.arange(queries.shape[0], device=queries.device).view(-1, 1, 1, 1)
         query = queries.clamp_min(0)[:, None, :, None]
         key = keys.clamp_min(0)[:, :, None, :]
@@ -165,41 +165,28 @@ def _for_heads(mask: Tensor, name: str, query: Tensor) -> Tensor:
     return mask
 
 
-def attention_row(
-    query: Tensor,
-    keys: Tensor,
-    scaling: float | None,
-    mask: Tensor | None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Softmaxed attention of one query of each head; never more than one row is made.
+def query_mask(mask: Any, rows: Tensor, keys: Tensor) -> Callable[[Tensor], Tensor | None]:
+    """The mask of some queries, to be evaluated in parts.
 
     Args:
-        query: `[B, heads, 1, d]`.
-        keys: `[B, H, S, d]`.
-        scaling: Factor on the scores; None for `d ** -0.5`.
-        mask: `[B, 1 or H, 1, S]` bool; None if the query sees every key.
-        softcap: Scores are squashed to this range, if the model does so.
+        mask: As `mask_for_kernel` takes it.
+        rows: `[B, Q]` logical indices of the queries in flight.
+        keys: `[B, 1 or H, S]` logical indices of the keys.
 
     Returns:
-        `[B, heads, S]` float32.
+        A function of queries `[B, R]`, places among those in flight, -1 for holes: it returns
+        `[B, 1 or H, R, S]` bool; None if they see every key.
     """
-    batch, heads, _, width = query.shape
-    groups = query.view(batch, keys.shape[1], -1, width)  # [B, H, heads / H, d]
-    scores = (groups @ keys.transpose(2, 3)).float()  # [B, H, heads / H, S]
-    scores = scores * (width**-0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores = scores.masked_fill(~mask.to(scores.device), -torch.inf)
-    return scores.softmax(dim=-1).view(batch, heads, -1)
+    if not isinstance(mask, LazyMask) and not (isinstance(mask, Tensor) and mask.ndim == 4):
+        every = None if bool((keys >= 0).all()) else (keys >= 0)[:, :, None, :]
+        return lambda places: every
 
-
-def last_query_mask(mask: Any, rows: Tensor, keys: Tensor) -> Tensor | None:
-    """The mask of the newest query, `[B, 1 or H, 1, S]` bool; None if it sees every key."""
-    if isinstance(mask, LazyMask):
-        return mask(rows[:, -1:], keys)
-    if isinstance(mask, Tensor) and mask.ndim == 4:
-        dense = _gather_dense(mask, rows[:, -1:], keys)
+    def visible(places: Tensor) -> Tensor:
+        places = places.to(rows.device)
+        asking = torch.where(places >= 0, rows.gather(1, places.clamp_min(0)), -1)
+        if isinstance(mask, LazyMask):
+            return mask.rows(asking, keys)
+        dense = _gather_dense(mask, asking, keys)
         return dense if dense.dtype == torch.bool else dense > torch.finfo(dense.dtype).min / 2
-    return None if bool((keys >= 0).all()) else (keys >= 0)[:, :, None, :]
+
+    return visible

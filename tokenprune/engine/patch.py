@@ -21,12 +21,14 @@ from transformers import PreTrainedModel
 
 from tokenprune.adapters.base import adapter_for
 from tokenprune.core.recipe import Recipe
+from tokenprune.core.signal import Question
 from tokenprune.core.stage import Method
 from tokenprune.engine.beams import check_beam_media
 from tokenprune.engine.hooks import add_hook, shadow, switch_attention
-from tokenprune.engine.run import Given, Run
-from tokenprune.engine.schedule import make_schedule
-from tokenprune.errors import MediaError, UnsupportedModelError
+from tokenprune.engine.prompt import Given
+from tokenprune.engine.run import Run
+from tokenprune.engine.schedule import Schedule, make_schedule
+from tokenprune.errors import MediaError, RecipeError, UnsupportedModelError
 from tokenprune.report.report import Report
 
 __all__ = ["Patch", "prune"]
@@ -122,11 +124,14 @@ class Patch:
             given: What the caller knows.
 
         Raises:
+            RecipeError: A stage needs what the caller did not give.
             UnsupportedModelError: The model is in use by another patch.
         """
+        given = given or Given()
+        _check_given(self.schedule, given)
         with ExitStack() as stack:
             self._claim(stack)
-            run = Run(self.schedule, report, given or Given())
+            run = Run(self.schedule, report, given)
             self._install(stack, run)
             yield run
 
@@ -164,6 +169,16 @@ class Patch:
             enter, leave = run.hook_layer(number)
             add_hook(stack, layer, before, enter, with_kwargs=True)
             add_hook(stack, layer, after, leave)
+
+
+def _check_given(schedule: Schedule, given: Given) -> None:
+    for signal, name in schedule.given.items():
+        missing = "question" if isinstance(signal, Question) else "frames"
+        if getattr(given, missing) is None:
+            raise RecipeError(
+                f"{name} needs the {missing}, which only the caller knows; give "
+                f"prune(..., {missing}=...)"
+            )
 
 
 def _times(clips: Sequence[Sequence[float] | Tensor]) -> list[Tensor]:

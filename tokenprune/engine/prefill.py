@@ -2,71 +2,90 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from tokenprune.adapters.base import Adapter
-from tokenprune.core.context import (
-    Context,
-    LayerContext,
-)
+from tokenprune.core.budget import Budget
+from tokenprune.core.context import Candidates, Context, Lifetime
 from tokenprune.core.indices import pad_left
-from tokenprune.core.layout import TokenLayout
+from tokenprune.core.recipe import Step
 from tokenprune.core.selection import Merge, Selection
-from tokenprune.core.site import Input
+from tokenprune.core.site import Cache, Layer
 from tokenprune.core.stage import Stage
 from tokenprune.engine.cache import PrunedLayer
 from tokenprune.engine.flight import Flight
 from tokenprune.engine.layouts import lay_out
+from tokenprune.engine.maps import EncoderMaps
+from tokenprune.engine.pictures import deal_frames
 from tokenprune.engine.prompt import Prompt, Sample
-from tokenprune.engine.signals import EncoderMaps, StoredEntries, columns_of
+from tokenprune.engine.schedule import Schedule
+from tokenprune.engine.sequence import Sequence
+from tokenprune.engine.signals import Collector, Place, columns_of
 from tokenprune.errors import RecipeError
 from tokenprune.report.report import Call, Decision
 
 __all__ = ["Prefill"]
+
+T = TypeVar("T")
 
 
 class Prefill:
     """Runs the stages of a recipe on one prompt.
 
     Args:
-        adapter: Of the model.
+        schedule: Which stages act where.
         prompt: The prompt.
         real: `[B, S]` bool, False at padding; None if there is none.
-        past: Logical length before it.
+        flight: Its tokens in flight.
+        sequence: The sequence that it goes on.
 
     Attributes:
         call: The record that goes into the report.
         samples: One for each row of the batch.
+        signals: What is collected for stages.
     """
 
-    def __init__(self, adapter: Adapter, prompt: Prompt, real: Tensor | None, past: int) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        prompt: Prompt,
+        real: Tensor | None,
+        flight: Flight,
+        sequence: Sequence,
+    ) -> None:
+        adapter, past = schedule.adapter, flight.past
         self._shape = shape = adapter.shape
-        self._past = past
-        ids, calls, times = prompt.input_ids, prompt.calls, prompt.frame_seconds
-        laid_out = lay_out(adapter, ids, calls, prompt.arguments, past, times)
-        self.call = Call(layouts=[layout for layout, _ in laid_out], length=0)
-        maps = EncoderMaps(adapter, calls)
+        self._flight = flight
+        self._sequence = sequence
+        ids, calls, given = prompt.input_ids, prompt.calls, prompt.given
+        laid_out = lay_out(adapter, ids, calls, prompt.arguments, past, given.frame_seconds)
+        layouts = [layout for layout, _ in laid_out]
+        self.call = Call(layouts=layouts, length=sequence.end)
+        maps = EncoderMaps(adapter, calls, schedule.encoder)
         device, length = ids.device, ids.shape[1]
         real = None if real is None else real.cpu()
         self.samples = []
         for number, (layout, items) in enumerate(laid_out):
-            text = torch.ones(length, dtype=torch.bool) if real is None else real[number].clone()
-            text[layout.position - past] = False
-            rows = torch.arange(len(layout))
+            mask = torch.ones(length, dtype=torch.bool) if real is None else real[number].clone()
+            mask[layout.position - past] = False
+            text = mask.nonzero()[:, 0]
+            last = int(layout.position[-1]) - past if len(layout) else -1
             self.samples.append(
                 Sample(
                     number=number,
                     layout=layout.to(device),
-                    alive=rows.to(device),
-                    text=text.nonzero()[:, 0].to(device),
-                    encoder_map=maps.of(layout, items, device),
+                    alive=torch.arange(len(layout)).to(device),
+                    text=text.to(device),
+                    text_after=text[text > last].to(device),
+                    encoder=maps.of(layout, items, device),
                     modalities=frozenset(layout.modality.tolist()),
                 )
             )
         self.entries = torch.zeros(len(self.samples), shape.layers, shape.kv_heads, dtype=torch.int)
+        frames = deal_frames(layouts, given.frames) if schedule.given else []
+        self.signals = Collector(schedule, self.samples, flight, given, frames)
 
     @property
     def alive(self) -> list[Tensor]:
@@ -80,61 +99,69 @@ class Prefill:
 
     # -- hidden states
 
-    def prune(self, stage: Stage, hidden: Tensor, flight: Flight) -> list[tuple[Sample, Merge]]:
-        """Run a stage at an `Input` or `Layer` site on the hidden states `[B, Q, D]`.
+    def prune(self, step: Step, layer: int, hidden: Tensor) -> list[tuple[Sample, Merge]]:
+        """Run a step at an `Input` or `Layer` site on the hidden states `[B, Q, D]`.
+
+        Args:
+            step: The step.
+            layer: Decoder layer, from 0; -1 at the input.
+            hidden: What is about to enter it.
 
         Returns:
             What is to be merged: rows of a merge are rows of the sample's layout.
         """
+        place = Place(step, layer, hidden=hidden)
         merges = []
         for sample in self.samples:
-            candidates = sample.candidates(stage)
-            if not len(candidates):
+            rows = sample.candidates(step.stage)
+            if not len(rows):
                 continue
-            layout = sample.layout[candidates]
-            promised = _promised(stage, layout)
-            if promised == len(candidates):
-                self._record(stage, sample, candidates, candidates, None)
+            selection = self._select(place, sample, rows)
+            if selection is None:
                 continue
-            where = flight.locate(sample.number, layout.position - self._past)
-            # Stages work on one device, whichever the layer is on.
-            features = hidden[sample.number, where.to(hidden.device)].to(where.device)
-            selection = stage.select(self._context(stage, sample, candidates, layout, features))
-            _check(stage, selection, len(layout), promised)
-            kept = candidates[selection.index]
-            merge = _translate(selection.merge, candidates)
+            kept = rows[selection.index]
+            merge = _translate(selection.merge, rows)
             if merge is not None:
                 merges.append((sample, merge))
-            self._record(stage, sample, candidates, kept, merge)
-            if len(candidates) == len(sample.alive):
+            self._record(place, sample, rows, kept, merge)
+            if len(rows) == len(sample.alive):
                 sample.alive = kept
             else:
-                others = sample.alive[~torch.isin(sample.alive, candidates)]
+                others = sample.alive[~torch.isin(sample.alive, rows)]
                 sample.alive = torch.cat([others, kept]).sort().values
         return merges
 
-    def _context(
-        self,
-        stage: Stage,
-        sample: Sample,
-        candidates: Tensor,
-        layout: TokenLayout,
-        features: Tensor,
-    ) -> Context:
-        layer = getattr(stage.site, "index", None)
-        common: dict[str, Any] = dict(
-            layout=layout,
-            features=features,
+    def _select(self, place: Place, sample: Sample, rows: Tensor) -> Selection | None:
+        """Let a stage choose among candidates; None, recorded, if it is known to keep all."""
+        stage = place.step.stage
+        context = Context(
+            layout=sample.layout,
+            rows=rows,
             shape=self._shape,
-            memory=sample.memory,
-            encoder_map=lambda name: sample.encoder_map(name)[candidates],
+            layer=None if place.layer < 0 else place.layer,
+            collect=self.signals.at(place, sample, rows),
+            make_state=lambda kind, lives: self._state(place.step, sample, kind, lives),
         )
-        return Context(**common) if layer is None else LayerContext(**common, layer=layer)
+        budget = stage.budget(context)
+        if budget.least >= len(context):
+            self._record(place, sample, rows, rows, None)
+            return None
+        selection = stage.select(context)
+        _check(stage, selection, context, budget)
+        return selection
+
+    def _state(self, step: Step, sample: Sample, kind: type[T], lives: Lifetime) -> T:
+        if lives == "prompt":
+            state: T = sample.state.setdefault((step.number, kind), kind())
+        else:
+            key = step.number, kind, sample.number
+            state = self._sequence.state.setdefault(key, kind())
+        return state
 
     def tokens(self) -> list[Tensor]:
         """For each sample the indices into the input of all that is alive, text included."""
         return [
-            torch.cat([s.text, s.layout.position[s.alive] - self._past]).sort().values
+            torch.cat([s.text, s.layout.position[s.alive] - self._flight.past]).sort().values
             for s in self.samples
         ]
 
@@ -152,87 +179,57 @@ class Prefill:
             self.entries[sample.number, number] = int(stored.sum())
 
     def prune_cache(
-        self,
-        stages: list[Stage],
-        number: int,
-        layer: PrunedLayer,
-        flight: Flight,
-        attention: Tensor | None,
+        self, steps: list[Step], number: int, layer: PrunedLayer
     ) -> tuple[Tensor, bool] | None:
-        """Run the cache stages of one layer.
-
-        Args:
-            attention: `[B, heads, S]` of the last query, if a stage needs it.
+        """Run the steps on the cache of one layer.
 
         Returns:
             The columns to keep, `[B, H, S']`, and whether they have holes; None to keep all.
         """
-        kept = [
-            self._prune_entries(sample, stages, number, layer, flight, attention)
-            for sample in self.samples
-        ]
+        kept = [self._prune_entries(sample, steps, number, layer) for sample in self.samples]
         if all(one is None for one in kept):
             return None
-        heads, stored = layer.keys.shape[1], layer.keys.shape[2]
         columns = [
-            self._columns(sample, layer, flight, one, heads, stored)
+            self._columns(sample, layer, one)
             for sample, one in zip(self.samples, kept, strict=True)
         ]
         return pad_left(columns), len({one.shape[-1] for one in columns}) > 1
 
     def _prune_entries(
-        self,
-        sample: Sample,
-        stages: list[Stage],
-        number: int,
-        layer: PrunedLayer,
-        flight: Flight,
-        attention: Tensor | None,
+        self, sample: Sample, steps: list[Step], number: int, layer: PrunedLayer
     ) -> Tensor | None:
         """Which rows of the layout each head of one sample keeps, `[H, K]`; None for all."""
         heads = layer.keys.shape[1]
         rows = sample.alive.expand(heads, -1)
         changed = False
-        for stage in stages:
-            candidates = sample.candidates(stage)
-            if len(candidates) != len(sample.alive):
-                raise RecipeError(
-                    f"{stage.name} prunes only some of the modalities {sorted(sample.modalities)} "
-                    "of this prompt, which a cache stage cannot; use an input stage"
-                )
-            if not rows.shape[1]:
+        for step in steps:
+            candidates = _candidates(sample, step.stage, rows)
+            if not candidates.shape[1]:
                 continue
-            layout = sample.layout[rows[0]]
-            promised = _promised(stage, layout)
-            if promised == rows.shape[1]:
-                self._record(stage, sample, rows, rows, None, layer=number)
+            place = Place(step, number, stored=layer)
+            selection = self._select(place, sample, candidates)
+            if selection is None:
                 continue
-            context = StoredEntries(
-                self._shape, self._past, sample, number, layer, flight, attention, rows
-            )
-            selection = stage.select(context)
-            _check(stage, selection, len(layout), promised, heads)
-            if selection.index.shape[-1] == rows.shape[1]:
-                self._record(stage, sample, rows, rows, None, layer=number)
+            kept = _pick(candidates, selection.index)
+            self._record(place, sample, candidates, kept, None)
+            if kept.shape[1] == candidates.shape[1]:
                 continue
-            kept = rows.gather(1, selection.index.expand(heads, -1))
-            self._record(stage, sample, rows, kept, None, layer=number)
-            rows, changed = kept, True
+            rows = kept if candidates is rows else _without(rows, candidates, kept)
+            changed = True
         self.entries[sample.number, number] = rows.shape[1]
         return rows if changed else None
 
-    def _columns(
-        self,
-        sample: Sample,
-        layer: PrunedLayer,
-        flight: Flight,
-        kept: Tensor | None,
-        heads: int,
-        stored: int,
-    ) -> Tensor:
-        """The columns `[H, K]` of a layer's cache that one sample keeps."""
-        device = sample.alive.device
-        media = columns_of(sample, sample.alive, flight, stored, self._past)
+    def _columns(self, sample: Sample, layer: PrunedLayer, kept: Tensor | None) -> Tensor:
+        """The columns `[H, K]` of a layer's cache that one sample keeps.
+
+        Args:
+            sample: The sample.
+            layer: The cache.
+            kept: `[H, K]` rows of the layout; None for all that are alive.
+        """
+        flight, device = self._flight, sample.alive.device
+        heads, stored = layer.keys.shape[1], layer.keys.shape[2]
+        media = columns_of(sample, sample.alive, flight, stored)
         other = torch.ones(stored, dtype=torch.bool, device=device).index_fill_(0, media, False)
         fresh = flight.rows.shape[1]
         absent = fresh - len(sample.text) - len(sample.alive)  # holes and padding of this forward
@@ -247,29 +244,25 @@ class Prefill:
             count = int(other.sum())
         other = other.to(torch.uint8).argsort(stable=True)[stored - count :]
         rows = sample.alive[None] if kept is None else kept
-        columns = columns_of(sample, rows, flight, stored, self._past)
+        columns = columns_of(sample, rows, flight, stored)
         columns = torch.cat([other.expand(len(columns), -1), columns], dim=-1).sort(dim=-1).values
         return columns.expand(heads, -1)
 
     def _record(
-        self,
-        stage: Stage,
-        sample: Sample,
-        candidates: Tensor,
-        kept: Tensor,
-        merge: Merge | None,
-        layer: int | None = None,
+        self, place: Place, sample: Sample, rows: Tensor, kept: Tensor, merge: Merge | None
     ) -> None:
-        position = sample.layout.position
+        position, stage = sample.layout.position, place.step.stage
+        site = stage.site
         self.call.decisions.append(
             Decision(
                 method=stage.name,
-                site=stage.site,
-                layer=getattr(stage.site, "index", 0) if layer is None else layer,
+                site=site,
+                layer=site.index if isinstance(site, Layer) else max(0, place.layer),
                 sample=sample.number,
-                candidates=candidates.shape[-1],
+                candidates=rows.shape[-1],
                 kept=position[kept],
                 merge=_translate(merge, position),
+                step=place.step.number,
             )
         )
 
@@ -280,29 +273,61 @@ def _translate(merge: Merge | None, names: Tensor) -> Merge | None:
     return Merge(names[merge.source], names[merge.target], merge.weight)
 
 
-def _promised(stage: Stage, layout: TokenLayout) -> int | None:
-    """How many of these candidates a stage is going to keep; None if it is adaptive."""
-    budget = stage.budget(layout)
-    return None if budget is None or not budget.exact else budget.total
+def _candidates(sample: Sample, stage: Stage, rows: Tensor) -> Tensor:
+    """Of the rows `[H, N]` that heads hold, those that a stage may look at.
+
+    Raises:
+        RecipeError: Heads hold different numbers of them.
+    """
+    if sample.all_on(stage):
+        return rows
+    on = sample.on(stage)[rows]  # [H, N]
+    counts = on.sum(dim=1)
+    if bool((counts != counts[0]).any()):
+        raise RecipeError(
+            f"{stage.name} at {stage.site} acts on {' and '.join(sorted(stage.acts_on))} alone, of "
+            f"which key-value heads hold {int(counts.min())} to {int(counts.max())} tokens after "
+            "the stages before it, and all heads of a cache must go on with equally many; put the "
+            "stage that acts on some modalities first"
+        )
+    if rows.stride(0) == 0:  # all heads hold the same
+        return rows[0][on[0]].expand(len(rows), -1)
+    return rows[on].view(len(rows), -1)
 
 
-def _check(
-    stage: Stage,
-    selection: Selection,
-    candidates: int,
-    promised: int | None,
-    heads: int | None = None,
-) -> None:
-    """Hold a stage to the count it promised, before anything is cut."""
-    shape = selection.index.shape
-    if promised is not None and shape[-1] != promised:
+def _pick(rows: Tensor, index: Tensor) -> Tensor:
+    """The rows `[H, K]` that a selection keeps of `[H, N]`, as one set where heads agree."""
+    if index.ndim == 1 and rows.stride(0) == 0:
+        return rows[0][index].expand(len(rows), -1)
+    return rows.gather(1, index.expand(len(rows), -1))
+
+
+def _without(rows: Tensor, candidates: Tensor, kept: Tensor) -> Tensor:
+    """The rows `[H, N]` of each head, of whose candidates only some are kept: `[H, K]`."""
+    parts = []
+    for own, there, left in zip(rows, candidates, kept, strict=True):
+        others = own[~torch.isin(own, there)]
+        parts.append(torch.cat([others, left]).sort().values)
+    return torch.stack(parts)
+
+
+def _check(stage: Stage, selection: Selection, candidates: Candidates, budget: Budget) -> None:
+    """Hold a stage to what it promised, before anything is cut."""
+    shape, total = selection.index.shape, len(candidates)
+    at_cache = isinstance(stage.site, Cache)
+    heads = len(candidates.rows) if at_cache else None
+    if (selection.index.ndim == 2 and shape[0] != heads) or shape[-1] > total:
+        form = f"[K] or [{heads}, K]" if at_cache else "[K]"
         raise RecipeError(
-            f"{stage.name} promised to keep {promised} of {candidates} tokens and kept {shape[-1]}"
+            f"{stage.name} at {stage.site} must keep 0 to {total} tokens, {form}; "
+            f"got {tuple(shape)}"
         )
-    if (selection.index.ndim == 2 and shape[0] != heads) or not 0 < shape[-1] <= candidates:
+    if not budget.least <= shape[-1] <= budget.most:
+        promised = budget.total if budget.exact else f"{budget.least} to {budget.most}"
         raise RecipeError(
-            f"{stage.name} at {stage.site} must keep 1 to {candidates} tokens, [K] or "
-            f"[{heads}, K] at a cache; got {tuple(shape)}"
+            f"{stage.name} promised to keep {promised} of {total} tokens and kept {shape[-1]}"
         )
-    if selection.merge is not None and not isinstance(stage.site, Input):
-        raise RecipeError(f"{stage.name} cannot merge tokens at {stage.site}, only at the input")
+    if selection.merge is not None and at_cache:
+        raise RecipeError(
+            f"{stage.name} cannot merge tokens at {stage.site}, only at the input and at layers"
+        )

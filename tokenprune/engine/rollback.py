@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from tokenprune.engine.cache import PrunedLayer, SequenceClock, adopt, new_cache
+from tokenprune.engine.cache import PrunedLayer, adopt, new_cache
+from tokenprune.engine.sequence import Sequence
 
 __all__ = ["Bookmark", "cache_from_state", "cache_state"]
 
@@ -29,14 +30,13 @@ class Bookmark:
 
     def __init__(self, cache: Cache, *, margin: int = 0, whole: bool = False) -> None:
         self._cache = cache
-        self._clock: SequenceClock = cache.layers[0].clock
-        self._end, self._shift = self._clock.end, self._clock.shift
+        self._sequence: Sequence = cache.layers[0].sequence
+        self._snapshot = self._sequence.snapshot()
         self._layers = [_LayerBookmark(layer, margin, whole) for layer in cache.layers]
 
     def restore(self) -> None:
         """Make the cache what it was, whatever happened to it since."""
-        self._clock.end, self._clock.shift = self._end, self._shift
-        self._clock.stop()
+        self._sequence.restore(self._snapshot)
         for bookmark, layer in zip(self._layers, self._cache.layers, strict=True):
             bookmark.restore(layer)
 
@@ -77,7 +77,7 @@ def cache_state(cache: Cache) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors[f"{number}.index"] = layer.index.to(torch.int32)
         state = vars(layer).items()
         plain.append({name: value for name, value in state if type(value) in (int, bool)})
-    return tensors, {"end": cache.layers[0].clock.end, "layers": plain}
+    return tensors, {"end": cache.layers[0].sequence.end, "layers": plain}
 
 
 def cache_from_state(
@@ -95,8 +95,8 @@ def cache_from_state(
         device: Where the model is.
     """
     cache = new_cache(config)
-    clock = adopt(cache, len(plain["layers"]))
-    clock.end = plain["end"]
+    sequence = adopt(cache, len(plain["layers"]))
+    sequence.end = plain["end"]
     for number, (layer, state) in enumerate(zip(cache.layers, plain["layers"], strict=True)):
         keys, values = (tensors[f"{number}.{name}"].to(device) for name in ("keys", "values"))
         layer.lazy_initialization(keys, values)

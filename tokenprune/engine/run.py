@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,44 +15,23 @@ from transformers.masking_utils import causal_mask_function
 from tokenprune.engine.cache import (
     CACHE_NAME,
     CACHE_NAMES,
-    PrunedLayer,
     cache_among,
     check_cache,
     new_cache,
 )
 from tokenprune.engine.encoders import EncoderCalls
-from tokenprune.engine.flight import Flight
 from tokenprune.engine.forward import Forward
 from tokenprune.engine.labels import LogitRows
-from tokenprune.engine.masks import (
-    LazyMask,
-    attention_row,
-    base_attention,
-    last_query_mask,
-    mask_for_kernel,
-)
-from tokenprune.engine.prompt import Prompt
+from tokenprune.engine.masks import LazyMask, base_attention, mask_for_kernel
+from tokenprune.engine.probe import Probe
+from tokenprune.engine.prompt import Given, Prompt
+from tokenprune.engine.rows import Attended
 from tokenprune.engine.schedule import Schedule
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.report.report import Report
 from tokenprune.report.timing import Mark
 
-__all__ = ["Given", "Run"]
-
-
-@dataclass(frozen=True)
-class Given:
-    """What the caller knows and the model is not told; None is what the caller does not tell.
-
-    Attributes:
-        question: What is asked, without the words of the chat template.
-        frames: For each clip (each image, if there are no clips) its pictures `[F, 3, H, W]` uint8.
-        frame_seconds: For each clip `[F]` float64, when its frames are shown.
-    """
-
-    question: str | None = None
-    frames: list[Tensor] | None = None
-    frame_seconds: list[Tensor] | None = None
+__all__ = ["Run"]
 
 
 class Run:
@@ -85,6 +63,7 @@ class Run:
         self.report = report
         self.encoders = EncoderCalls(schedule, report)
         self.logits = LogitRows(adapter)
+        self._probe = Probe()
         self.forward: Forward | None = None
 
     # -- before the language model
@@ -123,7 +102,7 @@ class Run:
                 check_cache(cache)  # before the media are encoded, which embedding may do
             hidden = kwargs["inputs_embeds"] = self._schedule.adapter.embed(kwargs)
         batch, length = hidden.shape[:2]
-        acts = self._schedule.stages or self._schedule.compact
+        acts = self._schedule.steps or self._schedule.compact
         if cache is None and acts and kwargs.get("attention_mask") is None:
             # Without cache and mask transformers takes gaps in positions for packed sequences.
             kwargs["attention_mask"] = hidden.new_ones(batch, length, dtype=torch.int64)
@@ -162,7 +141,7 @@ class Run:
                 "the model expands placeholders itself; use the processor that expands them"
             )
         calls = self.encoders.take()
-        return Prompt(ids.to(device), calls, self._prompt, self._given.frame_seconds)
+        return Prompt(ids.to(device), calls, self._prompt, self._given)
 
     def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         """The language model returned, or failed."""
@@ -178,7 +157,7 @@ class Run:
             # Counting steps would compile each of them anew, and a graph knows no time.
             elif not torch.compiler.is_compiling():
                 self.report.step(started, finished)
-        forward.clock.stop()
+        forward.sequence.stop()
         self.forward = None
         if call is not None:
             self.logits.prefilled(forward.flight, call)
@@ -190,12 +169,43 @@ class Run:
         forward = self.forward
         if forward is None:  # on its own
             return None
-        hidden = forward.enter_layer(number, args[0] if args else kwargs["hidden_states"])
+        entering = args[0] if args else kwargs["hidden_states"]
+        probing = None
+        if self._schedule.probed(number, narrowed=False):
+            cut = forward.cut_arguments(args, kwargs)
+            probing = functools.partial(self._probe_layer, forward, number, module, entering, *cut)
+        hidden = forward.enter_layer(number, entering, probing)
         if hidden is not None and args:
             args = (hidden, *args[1:])
         elif hidden is not None:
             kwargs = {**kwargs, "hidden_states": hidden}
-        return forward.cut_arguments(args, kwargs)
+        args, kwargs = forward.cut_arguments(args, kwargs)
+        if self._schedule.probed(number, narrowed=True):
+            entering = entering if hidden is None else hidden
+            given = number, module, entering, args, kwargs
+            forward.probe_layer(number, functools.partial(self._probe_layer, forward, *given))
+        return args, kwargs
+
+    def _probe_layer(
+        self,
+        forward: Forward,
+        number: int,
+        module: nn.Module,
+        hidden: Tensor,
+        args: Any,
+        kwargs: Any,
+        *,
+        rotary: bool,
+    ) -> Attended:
+        """What a layer will attend with, if it is called like this."""
+        probed = self._probe.run(module, hidden, args, kwargs, rotary=rotary)
+        keys, values, rows = probed.key, probed.value, forward.flight.rows
+        index, layer = rows[:, None], forward.layer(number)
+        if rotary and layer is not None and layer.is_initialized:  # what it holds comes first
+            index = torch.cat([layer.index, index.expand(-1, layer.index.shape[1], -1)], dim=-1)
+            keys = torch.cat([layer.keys.to(keys.device), keys], dim=2)
+            values = torch.cat([layer.values.to(values.device), values], dim=2)
+        return Attended(probed.query, keys, values, probed.mask, rows, index, probed.arguments)
 
     def after_layer(self, number: int, module: nn.Module, args: Any, output: Any) -> Any:
         """A decoder layer returned."""
@@ -244,6 +254,8 @@ class Run:
             attention_mask: What the model made of `mask`.
             kwargs: What else the kernel takes.
         """
+        if self._probe.active:
+            self._probe.attend(module, query, key, value, attention_mask, **kwargs)
         forward = self.forward
         if forward is None:  # the decoder layer was called on its own
             attend = base_attention(self._kernel, module)
@@ -256,23 +268,22 @@ class Run:
         # Positions with gaps look like packed sequences to flash kernels.
         kwargs.pop("position_ids", None)
         output = base_attention(name, module)(module, query, key, value, mask, **kwargs)
+        number = module.layer_idx
+        if self._schedule.attended(number):
+            stored = (
+                (key, value, keys) if layer is None else (layer.keys, layer.values, layer.index)
+            )
+            forward.attended(
+                number,
+                lambda: Attended(
+                    query, *stored[:2], attention_mask, flight.rows, stored[2], kwargs
+                ),
+            )
         if layer is not None:
-            row = None
-            if forward.prefill is not None:
-                row = functools.partial(_last_row, query, attention_mask, layer, flight, kwargs)
-            forward.after_attention(module.layer_idx, layer, row)
+            forward.after_attention(number, layer)
         return output
 
     def hook_layer(self, number: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """What is called before and after a decoder layer."""
         before = functools.partial(self.before_layer, number)
         return before, functools.partial(self.after_layer, number)
-
-
-def _last_row(
-    query: Tensor, mask: Any, layer: PrunedLayer, flight: Flight, kwargs: dict[str, Any]
-) -> Tensor:
-    """The attention `[B, heads, S]` of the last query to all that a layer stores."""
-    visible = last_query_mask(mask, flight.rows, layer.index)
-    scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
-    return attention_row(query[:, :, -1:], layer.keys, scaling, visible, softcap)

@@ -11,16 +11,39 @@ from tokenprune._lazy import lazy_names
 
 if TYPE_CHECKING:
     from tokenprune.methods.baselines import Random, Uniform
+    from tokenprune.methods.divprune import DivPrune
+    from tokenprune.methods.fastv import FastV
+    from tokenprune.methods.knorm import Knorm
     from tokenprune.methods.plphp import PLPHP
+    from tokenprune.methods.pyramiddrop import PyramidDrop
+    from tokenprune.methods.snapkv import SnapKV
     from tokenprune.methods.vflowopt import VFlowOpt
+    from tokenprune.methods.visionzip import VisionZip
 
-__all__ = ["PLPHP", "Random", "Uniform", "VFlowOpt"]
+__all__ = [
+    "PLPHP",
+    "DivPrune",
+    "FastV",
+    "Knorm",
+    "PyramidDrop",
+    "Random",
+    "SnapKV",
+    "Uniform",
+    "VFlowOpt",
+    "VisionZip",
+]
 
 _MODULES = {
     "PLPHP": "plphp",
+    "DivPrune": "divprune",
+    "FastV": "fastv",
+    "Knorm": "knorm",
+    "PyramidDrop": "pyramiddrop",
     "Random": "baselines",
+    "SnapKV": "snapkv",
     "Uniform": "baselines",
     "VFlowOpt": "vflowopt",
+    "VisionZip": "visionzip",
 }
 """Where each method comes from when it is first used."""
 

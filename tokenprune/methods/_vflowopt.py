@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokenprune.core.budget import Budget, allocate
-from tokenprune.core.context import Context, EncoderView, LayerContext
+from tokenprune.core.context import Context, EncoderView
 from tokenprune.core.layout import Modality, TokenLayout
 from tokenprune.core.selection import Merge, Selection
-from tokenprune.core.selectors import top, top_per_group
+from tokenprune.core.selectors import top
+from tokenprune.core.signal import EncoderSignal
 from tokenprune.core.site import Input, Layer, Site
-from tokenprune.core.stage import EncoderStage, Stage
+from tokenprune.core.stage import Budgeted, Scored
 from tokenprune.errors import UnsupportedModelError
 
-__all__ = ["Scope", "VFlowOptInput", "VFlowOptLayer", "VFlowOptMap"]
-
-Scope = Literal["item", "prompt"]
+__all__ = ["Importance", "VFlowOptInput", "VFlowOptLayer"]
 
 _VISION: Final = frozenset[Modality]({"image", "video"})
 _NAME: Final = "vflowopt"
@@ -29,7 +26,7 @@ _ROWS_AT_A_TIME: Final = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class VFlowOptMap(EncoderStage, part=True):
+class Importance(EncoderSignal):
     """The importance of each encoder token: what the anchors attend to, plus entropy.
 
     Args:
@@ -42,20 +39,12 @@ class VFlowOptMap(EncoderStage, part=True):
     alpha: float = 0.0
     log_base: float = 2.0
 
-    name = _NAME
-    modalities = _VISION
-
-    def importance(self, view: EncoderView, grey: Callable[[], Tensor] | None) -> Tensor:
+    def of(self, view: EncoderView) -> Tensor:
         threshold = 0.05 * view.tokens if self.t is None else self.t
         relevance = _relevance(view, threshold)  # [W, Nv]
         if self.alpha == 0:
             return relevance
-        if grey is None:
-            raise UnsupportedModelError(
-                f"alpha={self.alpha:g} weighs the entropy of the pixels, which this model's "
-                "adapter does not give; set alpha=0"
-            )
-        entropy = _entropy(grey(), self.log_base)
+        entropy = _entropy(view.grey(), self.log_base)
         return relevance + self.alpha * entropy.softmax(dim=-1).to(relevance)
 
 
@@ -85,50 +74,62 @@ def _entropy(grey: Tensor, base: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VFlowOptInput(Stage, part=True):
+class _Round(Budgeted):
+    """A round that ranks tokens by their importance.
+
+    Args:
+        importance: The map.
+    """
+
+    importance: Importance
+
+    name = _NAME
+    modalities = _VISION
+
+    @property
+    def needs(self) -> tuple[Importance]:
+        return (self.importance,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VFlowOptInput(_Round):
     """Round one: keep the most important tokens, some as merged remains of a grid cell.
 
     Args:
+        importance: The map.
         keep: Share that leaves the round, recycled tokens included.
+        per: Shares are of each item, or of the whole prompt.
+        on: Modalities that are pruned; None for all that have a map.
         cell: Side of a grid cell in tokens; None is 0.55 of each canvas side, at least 2 (our
             choice).
         recycled: Largest share of the kept tokens that are recycled ones.
-        per: Shares are of each item, or of the whole prompt.
 
     Raises:
         UnsupportedModelError: The map holds nan, which merges would spread.
     """
 
-    keep: float
     cell: float | None = None
     recycled: float = 0.25
-    per: Scope = "item"
 
-    name = _NAME
-    modalities = _VISION
-    needs = frozenset({"encoder_map"})
-
-    @property
-    def site(self) -> Site:
-        return Input()
-
-    def budget(self, layout: TokenLayout, rows: Tensor | None = None) -> Budget:
-        return allocate(self.keep, self.per, layout, rows)
+    site = Input()
 
     def select(self, context: Context) -> Selection:
-        scores = _importance(context)
+        scores = context[self.importance]
         # How many cells there are decides the sizes of tensors: on a device each would be a wait.
-        importance, layout = scores.cpu(), context.layout.to("cpu")
+        importance, layout = scores.cpu(), context.tokens.to("cpu")
         if importance.isnan().any():
             raise UnsupportedModelError(
                 "the importance map holds nan: this model's adapter reads no encoder for some of "
                 "the tokens, or the encoder overflowed; load the model in bfloat16 or float32"
             )
         cells, area = _cells(layout, self.cell)
-        budget = self.budget(layout)
+        budget = self.budget(context)
+        groups = budget.groups.cpu()
         parts = []
         for group, keep in enumerate(budget.counts.tolist()):
-            rows = (budget.groups == group).nonzero()[:, 0]
+            rows = (groups == group).nonzero()[:, 0]
+            if not len(rows):
+                continue
             grid = math.floor((1 / area[rows]).sum().item() + 1e-6)
             slots = min(grid, math.floor(self.recycled * keep + 1e-9))
             parts.append(_recycle(importance[rows], cells[rows], keep, slots).at(rows))
@@ -139,44 +140,25 @@ class VFlowOptInput(Stage, part=True):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VFlowOptLayer(Stage, part=True):
+class VFlowOptLayer(Scored, _Round):
     """Rounds two and three: keep the most important tokens of those left.
 
     Args:
+        importance: The map.
         layer: Decoder layer, from 0, that the kept tokens enter.
         keep: Share kept of what is left.
         per: Shares are of each item, or of the whole prompt.
+        on: Modalities that are pruned; None for all that have a map.
     """
 
     layer: int
-    keep: float
-    per: Scope = "item"
-
-    name = _NAME
-    modalities = _VISION
-    needs = frozenset({"encoder_map"})
 
     @property
     def site(self) -> Site:
         return Layer(self.layer)
 
-    def budget(self, layout: TokenLayout, rows: Tensor | None = None) -> Budget:
-        return allocate(self.keep, self.per, layout, rows)
-
-    def select(self, context: LayerContext) -> Selection:
-        scores = _importance(context)
-        return Selection(top_per_group(scores, self.budget(context.layout)), scores=scores)
-
-
-def _importance(context: Context) -> Tensor:
-    """The map of the candidates, `[N]`: kept for the whole prefill, by position in the prompt."""
-    positions = context.layout.position.contiguous()
-    if _NAME not in context.memory:
-        context.memory[_NAME] = positions, context.encoder_map(VFlowOptMap.name)
-    known, importance = context.memory[_NAME]
-    rows = torch.searchsorted(known, positions.to(known.device))
-    found: Tensor = importance[rows.to(importance.device)]
-    return found
+    def score(self, context: Context) -> Tensor:
+        return context[self.importance]
 
 
 def _cells(layout: TokenLayout, side: float | None) -> tuple[Tensor, Tensor]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tokenprune.core.budget import Budget, group_sizes, round_share
-from tokenprune.core.context import CacheContext
+from tokenprune.core.context import Candidates, Context
 from tokenprune.core.layout import AUDIO, TokenLayout
+from tokenprune.core.registry import method
 from tokenprune.core.selection import Selection
 from tokenprune.core.selectors import top_per_group
-from tokenprune.core.site import Cache, Site
-from tokenprune.core.stage import Stage
+from tokenprune.core.signal import Attention
+from tokenprune.core.site import Site
+from tokenprune.core.stage import Selective
 from tokenprune.errors import RecipeError
+from tokenprune.methods._caches import caches
 
 __all__ = ["PLPHP"]
 
@@ -23,8 +26,22 @@ Kinds = tuple[float, float]
 """A number for vision and one for audio."""
 
 
+@dataclass
+class _Seen:
+    """What is known of a prompt from one layer to the next.
+
+    Attributes:
+        scores: Of the layers seen so far.
+        columns: Of the layout: span and "is sound" of each token `[P]`, and how many spans.
+    """
+
+    scores: list[Kinds] = field(default_factory=list)
+    columns: tuple[Tensor, Tensor, int] | None = None
+
+
+@method("plphp")
 @dataclass(frozen=True, kw_only=True)
-class PLPHP(Stage):
+class PLPHP(Selective):
     """Prune the cache after prefill: a rate for each layer, a choice for each key-value head.
 
     Method: PLPHP (https://arxiv.org/abs/2502.14504). A layer's score is the share of the last
@@ -50,6 +67,7 @@ class PLPHP(Stage):
         layers: Decoder layers to prune, from 0; None is all.
         span: What gets a quota: each "image-or-frame" (or sound), or each "item" (a whole clip).
         least: Tokens that every head keeps of each span at least, whatever the layer's rate.
+        on: Modalities that are pruned; None for all.
     """
 
     keep: float = 0.4
@@ -60,10 +78,8 @@ class PLPHP(Stage):
     span: Literal["image-or-frame", "item"] = "image-or-frame"
     least: int = 1
 
-    needs = frozenset({"attention_rows"})
-    text_dependent = True
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.keep, float) or not 0 < self.keep <= 1:
             raise RecipeError(
                 f"keep must be a share in (0, 1], got {self.keep!r}; plphp moves it up and down "
@@ -76,9 +92,7 @@ class PLPHP(Stage):
                 f"it are shares, got {self.shift!r}"
             )
         self._check_thresholds()
-        layers = (self.layers,) if isinstance(self.layers, int) else self.layers
-        if layers is not None and not (layers and all(isinstance(x, int) for x in layers)):
-            raise RecipeError(f"layers must be decoder layers or none for all, got {layers!r}")
+        caches(self.layers)
         if self.span not in ("image-or-frame", "item"):
             raise RecipeError(f'span must be "image-or-frame" or "item", got {self.span!r}')
         if not isinstance(self.least, int) or self.least < 1:
@@ -97,27 +111,32 @@ class PLPHP(Stage):
 
     @property
     def site(self) -> Site:
-        return Cache((self.layers,) if isinstance(self.layers, int) else self.layers)
+        return caches(self.layers)
 
-    def budget(self, layout: TokenLayout, rows: Tensor | None = None) -> Budget:
-        """What a balanced layer keeps: exact if none deviates, with a shift of 0."""
-        spans = self._spans(layout)
-        spans = spans if rows is None else spans.to(rows.device)[rows]
-        counts = round_share(self.keep, group_sizes(spans), self.least)
-        return Budget.of(spans, counts, exact=self._shift() == 0)
+    @property
+    def needs(self) -> tuple[Attention]:
+        return (Attention(),)
 
-    def select(self, context: CacheContext) -> Selection:
-        rows, attention = context.rows, context.attention
-        if attention is None:
-            raise ValueError("PLPHP needs the attention of the last prompt token")
-        spans, sound, number = self._columns(context)  # [H, N]
-        kinds = self._layer_rates(_media_share(attention, sound), context)
+    def budget(self, candidates: Candidates) -> Budget:
+        """What a balanced layer keeps; an attentive and an indifferent one are the bounds."""
+        rows = candidates.rows if candidates.rows.ndim == 1 else candidates.rows[0]
+        spans = self._spans(candidates.layout).to(rows.device)[rows]  # heads differ in few
+        rates = self.keep - self._shift(), self.keep, self.keep + self._shift()
+        shares = torch.tensor(rates, dtype=torch.float64, device=rows.device)[:, None]
+        counts = round_share(shares, group_sizes(spans), self.least)  # [3, G]
+        least, total, most = counts.sum(dim=-1).tolist()
+        return Budget(spans.expand_as(candidates.rows), counts[1], total, least, most)
+
+    def select(self, context: Context) -> Selection:
+        rows, attention = context.rows, context[self.needs[0]][:, 0]  # [heads, N]
+        seen = context.state(_Seen)
+        spans, sound, number = self._columns(context, seen)  # [H, N]
+        kinds = self._layer_rates(_media_share(attention, sound), seen)
         # In double precision: 0.7 of 45 tokens must round as it does everywhere.
         rate = torch.tensor(kinds, dtype=torch.float64, device=rows.device)[sound.long()]
         sizes = group_sizes(spans, number)  # [H, G]
         rates = torch.zeros_like(sizes, dtype=torch.float64).scatter(-1, spans, rate)
-        heads, candidates = rows.shape
-        scores = attention.reshape(heads, -1, candidates).mean(dim=1)  # [H, N]
+        scores = context.by_kv_head(attention)  # [H, N]
         budget = Budget.of(spans, round_share(rates, sizes, self.least))
         return Selection(top_per_group(scores, budget), scores=scores)
 
@@ -140,22 +159,19 @@ class PLPHP(Stage):
     def _spans(self, layout: TokenLayout) -> Tensor:
         return layout.spans() if self.span == "image-or-frame" else layout.groups("item")
 
-    def _columns(self, context: CacheContext) -> tuple[Tensor, Tensor, int]:
+    def _columns(self, context: Context, seen: _Seen) -> tuple[Tensor, Tensor, int]:
         """Span and "is sound" of each candidate, `[H, N]`, and how many spans there are."""
-        name = f"{self.name} by {self.span}"
-        known = context.memory.get(name)
-        if known is None or known[0] is not context.layout:
+        if seen.columns is None:
             spans = self._spans(context.layout)
-            known = context.layout, spans, context.layout.modality == AUDIO, int(spans.max()) + 1
-            context.memory[name] = known
-        _, spans, sound, number = known
+            seen.columns = spans, context.layout.modality == AUDIO, int(spans.max()) + 1
+        spans, sound, number = seen.columns
         rows = context.rows
         return spans.to(rows.device)[rows], sound.to(rows.device)[rows], number
 
-    def _layer_rates(self, scores: Kinds, context: CacheContext) -> Kinds:
-        seen: list[Kinds] = context.memory.setdefault(self.name, [])
-        seen.append(scores)
-        vision, sound = (sum(kind) / len(seen) for kind in zip(*seen, strict=True))
+    def _layer_rates(self, scores: Kinds, seen: _Seen) -> Kinds:
+        seen.scores.append(scores)
+        number = len(seen.scores)
+        vision, sound = (sum(kind) / number for kind in zip(*seen.scores, strict=True))
         return self.rate(scores[0], vision), self.rate(scores[1], sound)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
+from tokenprune.core.budget import check_on
 from tokenprune.core.context import ModelShape
 from tokenprune.core.layout import Modality
+from tokenprune.core.registry import method
 from tokenprune.core.stage import Method, Stage
 from tokenprune.errors import RecipeError
-from tokenprune.methods._vflowopt import Scope, VFlowOptInput, VFlowOptLayer, VFlowOptMap
+from tokenprune.methods._vflowopt import Importance, VFlowOptInput, VFlowOptLayer
 
 __all__ = ["VFlowOpt", "last_share", "mean_share", "stage_lengths"]
 
@@ -34,6 +36,7 @@ _RELEASED: Final = {
 }
 
 
+@method("vflowopt")
 @dataclass(frozen=True, kw_only=True)
 class VFlowOpt(Method):
     """Prune by encoder attention in three rounds, and recycle some of the first round's tokens.
@@ -72,6 +75,7 @@ class VFlowOpt(Method):
         log_base: Base of the entropy's logarithm (2 in the authors' code).
         strategy: "llava-onevision-7b" takes what the authors tuned for that one model at `keep`
             0.5, 0.25 or 0.1. On another model it is a guess, and its budget is only near `keep`.
+        on: "image" or "video" to prune these alone; None for both.
     """
 
     keep: float = 0.1
@@ -82,9 +86,10 @@ class VFlowOpt(Method):
     alpha: float = 0.0
     cell: float | None = None
     recycled: float = 0.25
-    per: Scope = "item"
+    per: Literal["item", "prompt"] = "item"
     log_base: float = 2.0
     strategy: Literal["llava-onevision-7b"] | None = None
+    on: Modality | tuple[Modality, ...] | None = None
 
     modalities = frozenset[Modality]({"image", "video"})
 
@@ -103,6 +108,7 @@ class VFlowOpt(Method):
         _check(0 <= self.recycled <= 1, "recycled", "a share in [0, 1]", self.recycled)
         _check(self.per in ("item", "prompt"), "per", '"item" or "prompt"', self.per)
         _check(self.log_base > 1, "log_base", "above 1", self.log_base)
+        object.__setattr__(self, "on", check_on(self.on))
         self._check_strategy()
 
     def _check_strategy(self) -> None:
@@ -115,23 +121,24 @@ class VFlowOpt(Method):
         if self.alpha or any(v is not None for v in (self.r1, self.r2, self.r3, self.t, self.cell)):
             raise RecipeError(f"strategy {name} sets r1, r2, r3, t, alpha and cell; leave them out")
 
+    @property
+    def needs(self) -> tuple[Importance]:
+        t = _RELEASED[self.keep].t if self.strategy else self.t
+        return (Importance(t=t, alpha=self.alpha, log_base=self.log_base),)
+
     def stages(self, shape: ModelShape) -> tuple[Stage, ...]:
         first, second, third = self.shares(shape.layers)
         layer = shape.layers // 3
-        released = _RELEASED[self.keep] if self.strategy else None
-        t, cell = (released.t, released.cell) if released else (self.t, self.cell)
+        cell = _RELEASED[self.keep].cell if self.strategy else self.cell
+        common: dict[str, Any] = {"importance": self.needs[0], "per": self.per, "on": self.on}
         rounds: list[Stage] = []
         if first < 1:
-            rounds.append(
-                VFlowOptInput(keep=first, cell=cell, recycled=self.recycled, per=self.per)
-            )
+            rounds.append(VFlowOptInput(keep=first, cell=cell, recycled=self.recycled, **common))
         if second < 1:
-            rounds.append(VFlowOptLayer(layer=layer, keep=second, per=self.per))
+            rounds.append(VFlowOptLayer(layer=layer, keep=second, **common))
         if third < 1:
-            rounds.append(VFlowOptLayer(layer=2 * layer, keep=third, per=self.per))
-        if not rounds:
-            return ()
-        return (VFlowOptMap(t=t, alpha=self.alpha, log_base=self.log_base), *rounds)
+            rounds.append(VFlowOptLayer(layer=2 * layer, keep=third, **common))
+        return tuple(rounds)
 
     def shares(self, layers: int) -> tuple[float, float, float]:
         """Shares kept in the three rounds on a model of so many decoder layers.

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from tokenprune.adapters._support import check_architecture
-from tokenprune.adapters.base import list_models
+from tokenprune.adapters.base import ADAPTERS, find_adapter, list_models
 from tokenprune.errors import (
     MissingExtraError,
     TokenPruneError,
@@ -138,22 +138,22 @@ def _served_config(config: Any, name: str) -> Any:
 
     Qwen-Omni checkpoints hold a model that understands, the thinker, and one that speaks.
     """
-    known = list_models()
     parts = [getattr(config, part, None) for part in getattr(config, "sub_configs", ())]
     for one in (config, *parts):
-        if getattr(one, "model_type", None) in known:
+        if ADAPTERS.knows(getattr(one, "model_type", "")):
             check_architecture(one)
-            return known[one.model_type].fix_config(one)
+            return find_adapter(one.model_type).fix_config(one)
     check_architecture(config)
     raise UnsupportedModelError(
-        f"no adapter for model_type {config.model_type!r} of {name}; known: {', '.join(known)}"
+        f"no adapter for model_type {config.model_type!r} of {name}; "
+        f"known: {', '.join(list_models())}"
     )
 
 
 def _served_processor(path: str, config: Any) -> Any:
     """The processor of a checkpoint whose config an adapter serves."""
     processor = transformers.AutoProcessor.from_pretrained(path)
-    return list_models()[config.model_type].fix_processor(processor)
+    return find_adapter(config.model_type).fix_processor(processor)
 
 
 def _cannot_load(name: str, why: str) -> TokenPruneError:

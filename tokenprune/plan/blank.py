@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import NoReturn
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from tokenprune.core.budget import Budget
-from tokenprune.core.context import CacheContext, Context, LayerContext
-from tokenprune.core.layout import MODALITIES, TokenLayout
+from tokenprune.core.context import Context
+from tokenprune.core.layout import MODALITIES, Modality, TokenLayout
 from tokenprune.core.selection import Selection
 from tokenprune.core.selectors import uniform_per_group
+from tokenprune.core.signal import Signal
 from tokenprune.core.site import Site
 from tokenprune.core.stage import Stage
 
@@ -75,7 +75,7 @@ class Known:
 
 
 @dataclass(eq=False)
-class BlankStage(Stage, part=True):
+class BlankStage(Stage):
     """Stands in for a stage where there is no content to look at.
 
     A stage that looks at nothing but the layout decides as it will. For any other, evenly spread
@@ -96,34 +96,33 @@ class BlankStage(Stage, part=True):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.stage.name)
-        object.__setattr__(self, "modalities", self.stage.modalities)
 
     @property
     def site(self) -> Site:
         return self.stage.site
 
     @property
+    def acts_on(self) -> frozenset[Modality]:
+        return self.stage.acts_on
+
+    @property
     def mean(self) -> float:
         """Tokens kept, averaged over the times it acted."""
         return round(sum(self.kept) / len(self.kept), 2) if self.kept else 0.0
 
-    def select(self, context: Context | CacheContext) -> Selection:
-        rows = context.rows if isinstance(context, CacheContext) else None
-        budget = self.stage.budget(context.layout, rows)
-        layout = context.layout if rows is None else context.layout[rows[0]]
+    def select(self, context: Context) -> Selection:
+        budget, layout = self.stage.budget(context), context.tokens
         groups = None
-        if budget is not None and budget.exact:
+        if budget.exact:
             groups = budget.groups.reshape(-1, len(layout))[0]  # heads differ in nothing certain
-        if groups is not None and not self.known.settles(
-            layout, groups, len(self.stage.modalities)
-        ):
+        if groups is not None and not self.known.settles(layout, groups, len(self.acts_on)):
             groups = None
         self.exact = self.exact and groups is not None
         try:
-            selection = self.stage.select(_blank(context))
+            selection = self.stage.select(replace(context, collect=_absent))
             placed = self.known.groups is None
         except _NeedsContentError:
-            selection = _stand_in(budget, layout)
+            selection = Selection(uniform_per_group(budget))
             placed = False
         if groups is None:
             self.known.lost = True
@@ -133,49 +132,9 @@ class BlankStage(Stage, part=True):
         return Selection(selection.index)
 
 
-def _stand_in(budget: Budget | None, layout: TokenLayout) -> Selection:
-    """Evenly spread tokens, as many of each group as a stage keeps; all if it is adaptive."""
-    if budget is None:
-        return Selection(torch.arange(len(layout)))
-    return Selection(uniform_per_group(budget))
-
-
 class _NeedsContentError(Exception):
     """A stage asked for what only a run can show."""
 
 
-def _absent(context: object) -> NoReturn:
+def _absent(signal: Signal[Any]) -> NoReturn:
     raise _NeedsContentError
-
-
-def _blank(context: Context | CacheContext) -> Context | CacheContext:
-    """The same context without content."""
-    if isinstance(context, CacheContext):
-        return _BlankCacheContext(context)
-    if isinstance(context, LayerContext):
-        return _BlankLayerContext(context)
-    return _BlankContext(context)
-
-
-class _BlankContext(Context):
-    features = property(_absent)
-    encoder_map = property(_absent)
-
-    def __init__(self, context: Context) -> None:
-        self.layout, self.shape, self.memory = context.layout, context.shape, context.memory
-
-
-class _BlankLayerContext(_BlankContext, LayerContext):
-    def __init__(self, context: LayerContext) -> None:
-        super().__init__(context)
-        self.layer = context.layer
-
-
-class _BlankCacheContext(CacheContext):
-    keys = property(_absent)
-    values = property(_absent)
-    attention = property(_absent)
-
-    def __init__(self, context: CacheContext) -> None:
-        self.layer, self.layout, self.rows = context.layer, context.layout, context.rows
-        self.shape, self.memory = context.shape, context.memory

@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from tokenprune.adapters.base import Adapter, MediaCall
-from tokenprune.core.stage import Stage
+from tokenprune.core.recipe import Step
 from tokenprune.engine.cache import adopt, new_cache
 from tokenprune.engine.forward import Forward
+from tokenprune.engine.prompt import Given
 from tokenprune.engine.prompt import Prompt as MediaPrompt
 from tokenprune.engine.schedule import Schedule
 from tokenprune.plan.blank import BlankStage, Known
@@ -101,16 +102,16 @@ class Forecast:
     exact: list[bool]
 
 
-def forecast(prompt: Prompt, stages: Sequence[Stage]) -> Forecast:
+def forecast(prompt: Prompt, steps: Sequence[Step]) -> Forecast:
     """Run the stages of a recipe on a prompt without content.
 
     Raises:
         TokenPruneError: As the prefill would.
     """
-    return forecast_all([prompt], stages)[0]
+    return forecast_all([prompt], steps)[0]
 
 
-def forecast_all(prompts: Sequence[Prompt], stages: Sequence[Stage]) -> list[Forecast]:
+def forecast_all(prompts: Sequence[Prompt], steps: Sequence[Step]) -> list[Forecast]:
     """Run the stages of a recipe on prompts that follow each other in one cache.
 
     Raises:
@@ -119,20 +120,22 @@ def forecast_all(prompts: Sequence[Prompt], stages: Sequence[Stage]) -> list[For
     config: Any = prompts[0].adapter.language_model.config
     stored = new_cache(config)
     adopt(stored, prompts[0].adapter.shape.layers)
-    return [_forecast(prompt, stages, stored) for prompt in prompts]
+    return [_forecast(prompt, steps, stored) for prompt in prompts]
 
 
-def _forecast(prompt: Prompt, stages: Sequence[Stage], stored: Cache) -> Forecast:
+def _forecast(prompt: Prompt, steps: Sequence[Step], stored: Cache) -> Forecast:
     adapter, ids = prompt.adapter, prompt.inputs["input_ids"]
     length = ids.shape[1]
     known = Known()
-    blank = [BlankStage(stage, known) for stage in stages]
+    blank = [BlankStage(step.stage, known) for step in steps]
     if prompt.takes_back:
         stored.crop(-prompt.takes_back)
     earlier = [_indices(layer) for layer in stored.layers]
-    forward = Forward(Schedule(adapter, blank), stored, 1, length, ids.device)
+    numbered = [Step(step.number, one) for step, one in zip(steps, blank, strict=True)]
+    forward = Forward(Schedule(adapter, numbered), stored, 1, length, ids.device)
     hidden = torch.zeros(1, length, 0)
-    media = MediaPrompt(ids, prompt.calls, prompt.inputs, prompt.frame_seconds)
+    given = Given(frame_seconds=prompt.frame_seconds)
+    media = MediaPrompt(ids, prompt.calls, prompt.inputs, given)
     forward.begin({"inputs_embeds": hidden}, media)
     rows = []
     for number, layer in enumerate(stored.layers):
@@ -146,7 +149,7 @@ def _forecast(prompt: Prompt, stages: Sequence[Stage], stored: Cache) -> Forecas
             forward.after_attention(number, layer)
     call = forward.finish()
     assert call is not None
-    forward.clock.stop()
+    forward.sequence.stop()
     width = adapter.shape.head_width * adapter.model.dtype.itemsize
     call.kv_bytes_before *= width
     call.kv_bytes_after *= width

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.asking import default_recipe
-from tokenprune.core.recipe import Recipe
+from tokenprune.core.recipe import Recipe, Step
 from tokenprune.core.site import Site
-from tokenprune.core.stage import EncoderStage, Stage
 from tokenprune.engine.patch import Patch
 from tokenprune.inputs import check_watchable
 from tokenprune.media.index.container import check_file
@@ -151,36 +150,31 @@ def plan(
     if group is None:
         media = outline_media(path, loaded, frames=frames, fps=fps, sound=sound)
         chosen = default_recipe(loaded, media) if chosen is None else chosen
-        stages = _acting(Patch(loaded.model, chosen, "original"))
+        steps = Patch(loaded.model, chosen, "original").schedule.steps
         prompt, by_content = prompt_of(loaded, media, question)
-        return _plan(loaded, chosen, stages, [prompt], len(media.frames), by_content)
+        return _plan(loaded, chosen, steps, [prompt], len(media.frames), by_content)
     chosen = default_recipe(loaded) if chosen is None else chosen
     check_watches(loaded)
     patch = Patch(loaded.model, chosen, "original")
     check_group(group, loaded)
     check_watchable(path, loaded, sound=sound)
     prompts, count = prompts_in_groups(loaded, path, question, group=group, frames=frames, fps=fps)
-    return _plan(loaded, chosen, _acting(patch), prompts, count)
-
-
-def _acting(patch: Patch) -> list[Stage]:
-    """The stages that leave fewer tokens. The patch has checked them, and is never entered."""
-    return [stage for stage in patch.schedule.stages if not isinstance(stage, EncoderStage)]
+    return _plan(loaded, chosen, patch.schedule.steps, prompts, count)
 
 
 def _plan(
     loaded: LoadedModel,
     recipe: Recipe,
-    acting: list[Stage],
+    acting: Sequence[Step],
     prompts: Sequence[Prompt],
     frames: int,
     by_content: bool = False,
 ) -> Plan:
     """The plan of prompts that follow each other."""
-    steps = [forecast_all(prompts, acting[:count]) for count in range(len(acting) + 1)]
-    first, last = steps[0], steps[-1]
+    walks = [forecast_all(prompts, acting[:count]) for count in range(len(acting) + 1)]
+    first, last = walks[0], walks[-1]
     exact = [all(sure) for sure in zip(*(one.exact for one in last), strict=True)]
-    uncertain = [stage.name for stage, sure in zip(acting, exact, strict=True) if not sure]
+    uncertain = [step.stage.name for step, sure in zip(acting, exact, strict=True) if not sure]
     adaptive = (["processor"] if by_content else []) + uncertain
     return Plan(
         media_tokens=total([one.call.media_tokens for one in last]),
@@ -190,14 +184,14 @@ def _plan(
         adaptive=tuple(dict.fromkeys(adaptive)),
         stages=tuple(
             PlannedStage(
-                method=stage.name,
-                site=stage.site,
+                method=step.stage.name,
+                site=step.stage.site,
                 media_tokens=round(sum(one.left[number] for one in last), 2),
-                prefill_flops=_flops(loaded, steps[number + 1]),
-                kv_bytes=_kv_bytes(steps[number + 1]),
+                prefill_flops=_flops(loaded, walks[number + 1]),
+                kv_bytes=_kv_bytes(walks[number + 1]),
                 exact=exact[number] and not by_content,
             )
-            for number, stage in enumerate(acting)
+            for number, step in enumerate(acting)
         ),
         frames=frames,
         recipe=str(recipe),

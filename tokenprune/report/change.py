@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from tokenprune.core.site import Cache, Encoder, Input, Layer, Site
+from tokenprune.core.site import Cache, Input, Layer, Site
 
 __all__ = ["Change", "MediaTokens", "total"]
 
@@ -74,4 +74,4 @@ def _site(text: str) -> Site:
 
 
 _LAYER = "layer "
-_SITES: dict[str, Site] = {str(site): site for site in (Encoder(), Input(), Cache())}
+_SITES: dict[str, Site] = {str(site): site for site in (Input(), Cache())}

@@ -36,6 +36,7 @@ class Decision:
         candidates: `N`, tokens it could choose from (of each head, at a cache site).
         kept: `[K]` positions of surviving candidates, or `[H, K]` at a cache site.
         merge: Who absorbs whom, in positions; None if nothing was merged.
+        step: Which step of the recipe decided, from 0.
     """
 
     method: str
@@ -45,6 +46,7 @@ class Decision:
     candidates: int
     kept: Tensor
     merge: Merge | None = None
+    step: int = 0
 
     def __repr__(self) -> str:
         kept = self.kept.shape[-1]

@@ -14,18 +14,13 @@ def check_session(recipe: Recipe) -> None:
     """Check that a recipe can be followed group by group.
 
     Raises:
-        RecipeError: It asks for the question, or for the whole video.
+        RecipeError: It asks for the question.
     """
     for method in recipe.methods:
         if method.text_dependent:
             raise RecipeError(
                 f"{method.name} decides by the question, but a session prunes before there is one; "
                 "use a method that reads the media only, such as vflowopt"
-            )
-        if method.joint:
-            raise RecipeError(
-                f"{method.name} weighs a whole video at once, but a session sees only groups; "
-                "use it with `prune`, or a method that decides within a group, such as vflowopt"
             )
 
 

@@ -11,8 +11,8 @@ import torch
 from tokenprune.core.layout import TokenLayout
 from tokenprune.engine.cache import CACHE_NAME, cache_bytes, full_cache_bytes
 from tokenprune.engine.patch import Patch
+from tokenprune.engine.prompt import Given
 from tokenprune.engine.rollback import Bookmark
-from tokenprune.engine.run import Given
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.models.media import Media

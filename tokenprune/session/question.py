@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tokenprune.engine.cache import CACHE_NAME, CACHE_NAMES
 from tokenprune.engine.patch import Patch
+from tokenprune.engine.prompt import Given
 from tokenprune.engine.rollback import Bookmark
-from tokenprune.engine.run import Given
 from tokenprune.errors import TokenPruneError
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.report.report import Report

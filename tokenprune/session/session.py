@@ -51,7 +51,7 @@ class Session(Summary):
 
     A session watches: the sound track of a video is left out. Budgets are of each group: a share
     is the same as over the video, a count is per group. Stages that depend on the question are
-    refused, for there is none yet, and so are those that weigh the whole video at once.
+    refused, for there is none yet.
 
     Args:
         model: A model of a supported family that takes videos or images; or a wrapper of it.

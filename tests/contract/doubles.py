@@ -1,0 +1,101 @@
+"""Stages that only tests have: one that looks at everything, and ones that go to extremes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.core.budget import Budget
+from tokenprune.core.context import Candidates, Context, EncoderView
+from tokenprune.core.selection import Merge, Selection
+from tokenprune.core.signal import EncoderSignal, Signal
+from tokenprune.core.site import Input, Site
+from tokenprune.core.stage import Selective, Stage
+
+
+@dataclass(frozen=True, eq=False)
+class Spy(Stage):
+    """Keeps everything, and notes what it was shown.
+
+    Attributes:
+        site: Where.
+        needs: What it asks for.
+        asking: Which of its candidates ask, by number, for signals with queries of its own.
+        seen: Each context, with the value of each signal and the tokens that were there.
+    """
+
+    site: Site = Input()
+    needs: tuple[Signal[Any], ...] = ()
+    asking: tuple[int, ...] = ()
+    seen: list[tuple[Context, dict[Signal[Any], Any]]] = field(default_factory=list)
+
+    name = "spy"
+
+    def queries(self, candidates: Candidates) -> Tensor:
+        return candidates.rows.reshape(-1, len(candidates))[0][torch.tensor(self.asking)]
+
+    def select(self, context: Context) -> Selection:
+        self.seen.append((context, {signal: context[signal] for signal in self.needs}))
+        return Selection(torch.arange(len(context)))
+
+
+@dataclass(frozen=True)
+class Viewed(EncoderSignal):
+    """Notes nothing: what each token receives, two rows, keys and the view's number."""
+
+    what: str = "received"
+
+    def of(self, view: EncoderView) -> Tensor:
+        if self.what == "keys":
+            return view.keys()
+        if self.what == "class":
+            return view.class_row()
+        if self.what == "rows":
+            ends = torch.tensor([[0, view.tokens - 1]]).expand(view.views, 2)
+            return view.rows(ends).mT
+        return view.received()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nothing(Selective):
+    """Keeps no token at all."""
+
+    at: Site = Input()
+
+    name = "nothing"
+
+    @property
+    def site(self) -> Site:
+        return self.at
+
+    def select(self, context: Context) -> Selection:
+        return Selection(torch.zeros(0, dtype=torch.int64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Absorb(Selective):
+    """Keeps every third token, which absorbs itself and the tokens after it up to the next.
+
+    Weights are any numbers: negative ones too, and their sum is not 1.
+    """
+
+    at: Site = Input()
+
+    name = "absorb"
+
+    @property
+    def site(self) -> Site:
+        return self.at
+
+    def budget(self, candidates: Candidates) -> Budget:
+        kept = -(-len(candidates) // 3)
+        groups = torch.zeros_like(candidates.rows)
+        return Budget.of(groups, groups.new_full((*groups.shape[:-1], 1), kept))
+
+    def select(self, context: Context) -> Selection:
+        source = torch.arange(len(context))
+        weight = torch.tensor([1.25, 0.5, -0.25])[source % 3]
+        return Selection(source[::3], Merge(source, source - source % 3, weight))
