@@ -23,7 +23,6 @@ from tokenprune.errors import RecipeError, UnsupportedModelError
 __all__ = ["Dominance", "EncoderKeys", "VisionZip"]
 
 Average = Literal["sum", "mean"]
-By = Literal["class", "received"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Dominance(EncoderSignal):
             that of the class token where there is one, else of all tokens.
     """
 
-    by: By | None = None
+    by: Literal["class", "received"] | None = None
 
     @property
     def class_token(self) -> bool:
@@ -92,7 +91,7 @@ class VisionZip(Budgeted):
 
     keep: Keep = 0.111
     per: Per = "frame"
-    dominance: By | None = None
+    dominance: Literal["class", "received"] | None = None
     targets: float = 0.15625
     contextual: Average = "sum"
 
