@@ -4,8 +4,8 @@
     python -m tokenprune.eval.bench.signals --model tiny --tokens 100
 
 A stage that keeps everything reads one signal, in turns with the unpruned model; shares are medians
-over rounds of the ratio to the last unpruned run, of which there is one before every four rows. A
-row of `nothing` is a stage without a signal: the price of being there. Signals of the language
+over rounds of the ratio to the last unpruned run, which comes before every `--every` rows. A row of
+`nothing` is a stage without a signal: the price of being there. Signals of the language
 model are shares of a prefill of about 6,000 video tokens, whose encoding is not counted; those of
 the encoder are shares of a forward through a CLIP with a tiny language model, which is hardly more
 than the encoding. Models have random weights in bfloat16. `signals.json` and `signals.md` are
@@ -54,7 +54,6 @@ from tokenprune.methods.visionzip import Dominance, EncoderKeys
 
 __all__ = ["MODELS", "Reader", "encoder_rows", "main", "prefill_rows"]
 
-EVERY = 4  # rows that are compared with one unpruned run
 RESULTS = Path(__file__).parents[1] / "results"
 CLIP_L: Settings = {
     "hidden_size": 1024,
@@ -199,16 +198,24 @@ Pairs = dict[Reader, list[tuple[Run, Run]]]
 
 
 def in_turns(
-    model: Model, inputs: dict[str, Tensor], rows: list[Reader], rounds: int
+    model: Model, inputs: dict[str, Tensor], rows: list[Reader], rounds: int, every: int
 ) -> Iterator[Pairs]:
-    """What is known after each round."""
+    """What is known after each round.
+
+    Args:
+        model: The model.
+        inputs: Its prompt.
+        rows: Stages.
+        rounds: How often each is run.
+        every: How many rows are compared with one unpruned run.
+    """
     pairs: Pairs = {row: [] for row in rows}
     forward(model, inputs, None)
     for number in range(rounds):
         # The order alternates, so that a drift of the machine cancels.
         order = rows[::-1] if number % 2 else rows
         for place, row in enumerate(tqdm(order, leave=False)):
-            if place % EVERY == 0:
+            if place % every == 0:
                 unpruned = forward(model, inputs, None)
             pairs[row].append((unpruned, forward(model, inputs, row)))
         yield pairs
@@ -314,6 +321,7 @@ def save(folder: Path, about: dict[str, Any], parts: list[Part]) -> None:
 def main(
     tokens: Annotated[int, typer.Option(help="Media tokens of the prefill, about.", min=1)] = 6000,
     rounds: Annotated[int, typer.Option(help="Rounds.", min=1)] = 3,
+    every: Annotated[int, typer.Option(help="Rows to one unpruned run.", min=1)] = 4,
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "0.5b",
     frames: Annotated[int, typer.Option(help="Frames to encode.", min=1)] = 8,
     threads: Annotated[int, typer.Option(help="Processor threads; 0 for all.")] = 0,
@@ -326,15 +334,19 @@ def main(
         torch.set_num_threads(threads)
     about = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     parts: list[Part] = []
-    for rounds_of in (_prefill(model, tokens, rounds), _encoding(model == "tiny", frames, rounds)):
-        for part in rounds_of:
+    measured = (
+        _prefill(model, tokens, rounds, every),
+        _encoding(model == "tiny", frames, rounds, every),
+    )
+    for known in measured:
+        for part in known:
             save(out, about, [*parts, part])
         parts.append(part)
     typer.echo(table(about, parts))
     typer.echo(f"written to {out}")
 
 
-def _prefill(name: str, tokens: int, rounds: int) -> Iterator[Part]:
+def _prefill(name: str, tokens: int, rounds: int, every: int) -> Iterator[Part]:
     model = MODELS[name]()
     config: Any = model.config
     rows = prefill_rows(config.text_config.num_hidden_layers // 2)
@@ -343,15 +355,15 @@ def _prefill(name: str, tokens: int, rounds: int) -> Iterator[Part]:
     each = (-(-(vision.image_size // vision.patch_size) // 2)) ** 2
     inputs = llava_inputs(model, -(-tokens // each))
     with encoded_once(model, inputs):
-        for pairs in in_turns(model, inputs, rows, rounds):
+        for pairs in in_turns(model, inputs, rows, rounds, every):
             yield Part("prefill", f"LLaVA-OneVision {name}", _media(model, inputs), cells(pairs))
 
 
-def _encoding(tiny: bool, frames: int, rounds: int) -> Iterator[Part]:
+def _encoding(tiny: bool, frames: int, rounds: int, every: int) -> Iterator[Part]:
     model, rows = tower(tiny), encoder_rows()
     warm_up(model, rows)
     inputs, name = llava_inputs(model, frames), "tiny CLIP" if tiny else "CLIP ViT-L/14-336"
-    for pairs in in_turns(model, inputs, rows, rounds):
+    for pairs in in_turns(model, inputs, rows, rounds, every):
         yield Part("encoding", name, _media(model, inputs), cells(pairs))
 
 
