@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.core.budget import Budget
+from tokenprune.core.budget import Budget, allocate
 from tokenprune.core.context import Candidates, Context, EncoderView
 from tokenprune.core.selection import Merge, Selection
-from tokenprune.core.signal import EncoderSignal, Signal
-from tokenprune.core.site import Input, Site
-from tokenprune.core.stage import Selective, Stage
+from tokenprune.core.signal import Attention, EncoderSignal, Signal
+from tokenprune.core.site import Cache, Input, Site
+from tokenprune.core.stage import Scored, Selective, Stage
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,3 +99,46 @@ class Absorb(Selective):
         source = torch.arange(len(context))
         weight = torch.tensor([1.25, 0.5, -0.25])[source % 3]
         return Selection(source[::3], Merge(source, source - source % 3, weight))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Half(Scored, Selective):
+    """Keeps half of the entries of each key-value head: those that a signal, or their keys, favour.
+
+    Attributes:
+        at: Which caches, and when.
+        signal: What is looked at; None for the sum of the keys.
+    """
+
+    at: Cache = Cache()
+    signal: Attention | None = None
+
+    name = "half"
+
+    @property
+    def site(self) -> Cache:
+        return self.at
+
+    @property
+    def needs(self) -> tuple[Signal[Any], ...]:
+        return () if self.signal is None else (self.signal,)
+
+    def budget(self, candidates: Candidates) -> Budget:
+        return allocate(0.5, "prompt", candidates)
+
+    def score(self, context: Context) -> Tensor:
+        if self.signal is None:
+            return context.keys.float().sum(dim=-1)
+        return context[self.signal]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clean(Stage):
+    """Keeps of each layer's cache what went through all layers."""
+
+    name = "clean"
+    site = Cache(after="prefill")
+
+    def select(self, context: Context) -> Selection:
+        assert context.alive is not None
+        return Selection(context.alive[context.rows[0]].nonzero()[:, 0])

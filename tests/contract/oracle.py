@@ -69,38 +69,48 @@ def read_decisions(
         modalities: By step of the recipe: codes of the modalities it acts on, if not all.
     """
     replay = Replay()
+    everything = torch.zeros(samples, length, dtype=torch.int64)  # 0 text, else the modality
+    # Entries that the cache of a layer has lost, by head, of whatever prompt.
+    lost: dict[tuple[int, int], Tensor] = {}
     for call in calls:
-        media = torch.zeros(samples, length, dtype=torch.int64)  # 0 text, else the modality
+        media = torch.zeros(samples, length, dtype=torch.int64)
+        group = torch.full((samples, length), -1)
         for sample, layout in enumerate(call.layouts):
             media[sample, layout.position] = layout.modality
-        # What each head of each layer's cache still holds of these media tokens.
-        stored: dict[tuple[int, int], Tensor] = {}
+            everything[sample, layout.position] = layout.modality
+            if getattr(call, "groups", None) is not None:
+                group[sample, layout.position] = call.groups[sample]
         for decision in call.decisions:
             sample, layer = decision.sample, decision.layer
-            codes = (modalities or {}).get(decision.step, frozenset({1, 2, 3}))
-            allowed = torch.isin(media[sample], torch.tensor(sorted(codes)))
-            there = (media[sample] > 0) & ~replay.gone_at(layer, sample, length)
+            codes = (modalities or {}).get(getattr(decision, "step", 0), frozenset({1, 2, 3}))
+            pool = everything if getattr(decision, "of_sequence", False) else media
+            allowed = torch.isin(pool[sample], torch.tensor(sorted(codes)))
+            if getattr(decision, "group", None) is not None:
+                allowed &= group[sample] == decision.group
+            there = (pool[sample] > 0) & ~replay.gone_at(layer, sample, length)
             at_cache = decision.kept.ndim == 2
             if at_cache:
-                there = stored.get((layer, sample), there.repeat(kv_heads, 1))
+                gone = torch.zeros(kv_heads, length, dtype=torch.bool)
+                there = there & ~lost.get((layer, sample), gone)
             candidates = there & allowed
             counts = candidates.sum(-1)
             assert (counts == decision.candidates).all(), f"{decision}: had {counts} candidates"
             steps = candidates.nonzero()[:, -1].view(*candidates.shape[:-1], -1)
             replay.steps.append((decision, steps))
-            lost = candidates & ~_kept(decision, candidates)
+            dropped = candidates & ~_kept(decision, candidates)
             if at_cache:
-                stored[layer, sample] = there & ~lost
+                lost[layer, sample] = lost.get((layer, sample), gone) | dropped
                 mask = torch.zeros(samples, kv_heads, length, dtype=torch.bool)
-                mask[sample] = lost
-                replay.dropped.append((layer, call.length, mask))
+                mask[sample] = dropped
+                when = getattr(decision, "length", None)
+                replay.dropped.append((layer, call.length if when is None else when, mask))
             else:
                 mask = replay.gone.setdefault(layer, torch.zeros(samples, length, dtype=torch.bool))
-                mask[sample] |= lost
+                mask[sample] |= dropped
             if decision.merge is not None:
                 merge = decision.merge
                 assert candidates[merge.source].all(), "a merge takes from a token that is gone"
-                assert not lost[merge.target].any(), "a merge gives to a token that is dropped"
+                assert not dropped[merge.target].any(), "a merge gives to a token that is dropped"
                 part = (sample, merge.source, merge.target, merge.weight)
                 replay.merges.setdefault(layer, []).append(part)
     return replay

@@ -38,18 +38,22 @@ class Candidates:
     """The tokens that a stage may keep: all that is known before anything is looked at.
 
     Attributes:
-        layout: The `P` media tokens of the sample's prompt, at every site.
+        layout: The `P` media tokens of the sample's prompt, at every site; at a cache after
+            "prefill" or "decode" those of all prompts that the sequence holds.
         rows: `[N]` int64, the candidates as rows of `layout`, increasing; at a cache `[H, N]`, for
             each key-value head. All heads hold equally many; they differ only after an earlier
             cache stage.
         shape: Sizes of the language model.
         layer: Decoder layer, from 0; None at the input.
+        alive: `[P]` bool, at a cache after "prefill" or "decode": which tokens went through all
+            layers, however few of their entries are left; None elsewhere.
     """
 
     layout: TokenLayout
     rows: Tensor
     shape: ModelShape
     layer: int | None = None
+    alive: Tensor | None = None
 
     def __len__(self) -> int:
         return self.rows.shape[-1]

@@ -10,7 +10,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Final, Generic, Literal, TypeVar, get_args
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Final,
+    Generic,
+    Literal,
+    NoReturn,
+    TypeVar,
+    get_args,
+)
 
 from torch import Tensor
 
@@ -55,8 +65,13 @@ class Signal(ABC, Generic[T_co]):
         """
         return
 
-    def _refuse(self, site: Site, rule: str) -> None:
+    def _refuse(self, site: Site, rule: str) -> NoReturn:
         raise RecipeError(f"{self} cannot be had at {site}: {rule}")
+
+
+def _refuse_late(signal: Signal[Any], site: Site) -> None:
+    if _is_late(site):
+        signal._refuse(site, "prompts before have gone, and only their cache is left")
 
 
 class _OfLayer(Signal[Tensor]):
@@ -77,6 +92,13 @@ class _OfLayer(Signal[Tensor]):
             self._refuse(site, f"layer must be 0, {what}")
         if isinstance(site, Layer) and site.index + self.layer < 0:
             self._refuse(site, "no layer comes before; use layer=0, the layer about to run")
+        if _is_late(site) and not getattr(self, "rotary", True):
+            self._refuse(site, "what is stored is rotated; use rotary=True")
+
+
+def _is_late(site: Site) -> bool:
+    """Whether a stage acts on what was stored before, of whatever prompt."""
+    return isinstance(site, Cache) and site.after != "layer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +112,9 @@ class Attention(_OfLayer):
     Args:
         layer: At a `Layer` site 0 is the layer about to run and -1 the one before it; at a `Cache`
             site it is 0.
-        queries: The last so many tokens of the prompt; all "text" after the media; or the stage's
-            "own" choice among media tokens (`Stage.queries`).
+        queries: The last so many tokens of the prompt; all "text" after the media; the stage's
+            "own" choice among media tokens (`Stage.queries`); or at a cache after "decode" all
+            "since" the stage's last decision, for which queries are kept that long.
         rotary: Whether queries and keys are rotated. Without rotation only the tokens of the
             prompt at hand are seen, for stored keys are rotated.
         reduce: Over queries: `[heads, N]`.
@@ -101,16 +124,16 @@ class Attention(_OfLayer):
     """
 
     layer: int = 0
-    queries: int | Literal["text", "own"] = 1
+    queries: int | Literal["text", "own", "since"] = 1
     rotary: bool = True
     reduce: Reduce | None = None
     heads: Reduce | None = None
 
     def __post_init__(self) -> None:
         number = isinstance(self.queries, int) and not isinstance(self.queries, bool)
-        if not (number and int(self.queries) >= 1) and self.queries not in ("text", "own"):
+        if not (number and int(self.queries) >= 1) and self.queries not in _QUERIES:
             raise RecipeError(
-                'queries must be a number of tokens of at least 1, "text" or "own", '
+                'queries must be a number of tokens of at least 1, "text", "own" or "since", '
                 f"got {self.queries!r}"
             )
         for name, value in (("reduce", self.reduce), ("heads", self.heads)):
@@ -122,6 +145,18 @@ class Attention(_OfLayer):
     def text_dependent(self) -> bool:  # type: ignore[override]  # a constant of other signals
         return self.queries != "own"
 
+    def check(self, site: Site) -> None:
+        super().check(site)
+        decoding = isinstance(site, Cache) and site.after == "decode"
+        if decoding and self.queries not in (1, "since"):
+            self._refuse(site, 'a decode step has one query; use queries=1 or "since"')
+        if not decoding and self.queries == "since":
+            self._refuse(site, 'there is no decision before; use it with Cache(after="decode")')
+        if _is_late(site) and self.queries == "own":
+            self._refuse(site, "media tokens have asked before; use queries=1")
+
+
+_QUERIES: Final = ("text", "own", "since")
 
 Of = Literal["media", "text"]
 
@@ -180,6 +215,9 @@ class Hidden(Signal[Tensor]):
         if self.layer not in (0, INPUT):
             raise RecipeError(f'layer must be 0 or "input", got {self.layer!r}')
 
+    def check(self, site: Site) -> None:
+        _refuse_late(self, site)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Text(Signal[Tensor]):
@@ -191,6 +229,9 @@ class Text(Signal[Tensor]):
 
     after: bool = True
     text_dependent = True
+
+    def check(self, site: Site) -> None:
+        _refuse_late(self, site)
 
 
 @dataclass(frozen=True)
@@ -207,6 +248,9 @@ class Frames(Signal[list[Tensor]]):
     They are what the caller gave: `prune(..., frames=...)`; `ask` and `Session` give them by
     themselves.
     """
+
+    def check(self, site: Site) -> None:
+        _refuse_late(self, site)
 
 
 class EncoderSignal(Signal[Tensor]):
@@ -227,6 +271,9 @@ class EncoderSignal(Signal[Tensor]):
         What reads one only where there is one asks the view: `EncoderView.has_class`.
         """
         return False
+
+    def check(self, site: Site) -> None:
+        _refuse_late(self, site)
 
     @abstractmethod
     def of(self, view: EncoderView) -> Tensor:

@@ -84,6 +84,13 @@ class Stage(Method):
         """Where the stage acts."""
 
     @property
+    def text_dependent(self) -> bool:
+        """As of a method; no session has to do without what acts on a question's branch alone."""
+        site = self.site
+        late = isinstance(site, Cache) and site.after != "layer"
+        return super().text_dependent and not late
+
+    @property
     def acts_on(self) -> frozenset[Modality]:
         """Kinds of media tokens among its candidates; others pass by."""
         return self.modalities

@@ -162,6 +162,11 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         self.sequence.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.sequence.decides:
+            raise UnsupportedModelError(
+                "cannot exchange beams: stages that act while decoding have decided for each row; "
+                "use num_beams=1, or a recipe without such stages"
+            )
         self._on_batch(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -10,13 +10,18 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from tokenprune.core.indices import take
+from tokenprune.core.recipe import Step
 from tokenprune.core.selection import Merge
+from tokenprune.core.signal import Attention
+from tokenprune.core.site import Cache as CacheSite
 from tokenprune.engine.cache import PrunedLayer, adopt, cache_bytes, full_cache_bytes
 from tokenprune.engine.deepstack import DeepStack, absorb_
+from tokenprune.engine.entries import count_entries
 from tokenprune.engine.flight import Flight
+from tokenprune.engine.late import LateStages, remember_query
 from tokenprune.engine.masks import LazyMask
 from tokenprune.engine.prefill import Prefill
-from tokenprune.engine.prompt import Prompt, Sample
+from tokenprune.engine.prompt import Given, Prompt, Sample
 from tokenprune.engine.rows import Attended
 from tokenprune.engine.schedule import Schedule
 from tokenprune.engine.sequence import Prefilled, Sequence
@@ -40,6 +45,7 @@ class Forward:
         batch: Rows of the batch.
         length: Tokens that the language model is called with.
         device: Where they are.
+        given: What the caller knows.
 
     Attributes:
         flight: The tokens in flight.
@@ -54,13 +60,16 @@ class Forward:
         batch: int,
         length: int,
         device: torch.device,
+        given: Given | None = None,
     ) -> None:
         self._schedule = schedule
         self._cache = cache
+        self._given = given or Given()
         layers = schedule.adapter.shape.layers
         self.sequence = Sequence() if cache is None else adopt(cache, layers)
         self.flight = Flight(batch, self.sequence.end, length, device)
         self.prefill: Prefill | None = None
+        self._late: LateStages | None = None
         self._deepstack: DeepStack | None = None
         self._narrows_at_once = False
         self._cut: dict[int, Any] = {}
@@ -80,12 +89,15 @@ class Forward:
         if self._schedule.input or self._schedule.layer:
             self._deepstack = DeepStack.taken_from(kwargs)
         if prompt is None:
+            self._begin_late(len(kwargs["inputs_embeds"]))
             self._renumber(kwargs, None)
             return
         real = padding_of(kwargs.get("attention_mask"))
         if real is not None:
             real = real[:, self.flight.past : self.sequence.end]
         prefill = self.prefill = Prefill(self._schedule, prompt, real, self.flight, self.sequence)
+        self._hold(prefill)
+        self._begin_late(len(prefill.samples))
         hidden, before = kwargs["inputs_embeds"], prefill.alive
         for step in self._schedule.input:
             with torch.no_grad():  # what is decided, weights included, is constant to gradients
@@ -96,6 +108,39 @@ class Forward:
         # Rows leave where the first layer begins: the model's own code before it sees all of them.
         self._narrows_at_once = prefill.has_changed(before)
         self._renumber(kwargs, prefill.tokens() if self._narrows_at_once else None)
+
+    def _hold(self, prefill: Prefill) -> None:
+        """Let the sequence hold a prompt: of all its tokens, until layers have let some go."""
+        alive = [torch.ones_like(sample.alive, dtype=torch.bool) for sample in prefill.samples]
+        held = Prefilled(self.flight.past, prefill.call, alive, self._given.continues)
+        self.sequence.prompts.append(held)
+
+    def _begin_late(self, batch: int) -> None:
+        """Let stages act that look at what was stored before, if it is their time."""
+        sequence, schedule, prefill = self.sequence, self._schedule, self.prefill
+        sequence.decides = bool(schedule.decode)
+        steps: list[Step] = []
+        if self._cache is None or not sequence.prompts or self._given.more:
+            return
+        if sequence.settled < len(sequence.prompts):
+            steps = schedule.after_prefill
+        elif self.flight.length == 1:
+            sequence.decoded += 1
+            steps = [step for step in schedule.decode if _is_due(step, sequence.decoded)]
+        if steps:
+            state = (
+                [{} for _ in range(batch)]
+                if prefill is None
+                else [sample.state for sample in prefill.samples]
+            )
+            self._late = LateStages(schedule, steps, sequence, self._given, self._asking, state)
+
+    def _asking(self, sample: int, signal: Attention) -> Tensor:
+        """Which hidden states in flight ask, `[R]`."""
+        if self.prefill is not None:
+            return self.prefill.signals.asking(self.prefill.samples[sample], signal)
+        every = torch.arange(self.flight.rows.shape[1], device=self.flight.rows.device)
+        return every if signal.queries == "text" else every[-int(signal.queries) :]
 
     def enter_layer(
         self, number: int, hidden: Tensor, probing: Probing | None = None
@@ -132,11 +177,19 @@ class Forward:
         if self.prefill is not None:
             self.prefill.signals.before_layer(number, probing, narrowed=True)
 
-    def attended(self, number: int, attended: Callable[[], Attended]) -> None:
+    def attended(
+        self, number: int, attended: Callable[[], Attended], layer: PrunedLayer | None
+    ) -> None:
         """Collect what stages ask of the attention that a layer has just computed."""
-        if self.prefill is not None:
-            with torch.no_grad():
+        with torch.no_grad():
+            if self.prefill is not None:
                 self.prefill.signals.attended(number, attended)
+            if layer is None:
+                return
+            if self.prefill is None and self._schedule.decode and self.flight.length == 1:
+                remember_query(self.sequence, self._schedule, number, attended())
+            if self._late is not None:
+                self._late.attended(number, attended, layer)
 
     def after_attention(self, number: int, layer: PrunedLayer) -> None:
         """Run the stages on the cache of a layer, which has just stored its keys and values.
@@ -148,6 +201,9 @@ class Forward:
         prefill = self.prefill
         if prefill is not None:
             self._prune_cache(prefill, number, layer)
+        if self._late is not None and self.sequence.settled == len(self.sequence.prompts):
+            with torch.no_grad():  # the others wait for the last layer
+                self._late.prune(number, layer)
         if layer.evict() and prefill is not None:
             prefill.leave_window(number, layer)
 
@@ -159,17 +215,49 @@ class Forward:
 
     def finish(self) -> Call | None:
         """The record of a prefill that brought media; None if this was none."""
-        if self.prefill is None:
+        prefill, sequence = self.prefill, self.sequence
+        if prefill is not None:
+            alive = [sample.mask() for sample in prefill.samples]
+            sequence.prompts[-1] = sequence.prompts[-1]._replace(alive=alive)
+        if sequence.settled < len(sequence.prompts) and not self._given.more:
+            self._settle()
+        if prefill is None:
             return None
-        call = self.prefill.call
+        call = prefill.call
         if self._cache is not None:
-            call.media_entries = self.prefill.entries
+            call.media_entries = prefill.entries
             call.kv_bytes_before = full_cache_bytes(self._cache)
             call.kv_bytes_after = cache_bytes(self._cache)
-        elif self._schedule.cache:
+        elif self._schedule.on_caches:
             call.warnings.append("use_cache=False: there is no cache to prune")
-        self.sequence.prompts.append(Prefilled(self.flight.past, call))
         return call
+
+    def abandon(self) -> None:
+        """The forward failed: what it brought is not held."""
+        prompts = self.sequence.prompts
+        if self.prefill is not None and prompts and prompts[-1].call is self.prefill.call:
+            prompts.pop()
+
+    def _settle(self) -> None:
+        """Run the stages that wait for the last layer."""
+        sequence = self.sequence
+        if self._late is not None and self._cache is not None:
+            with torch.no_grad():
+                for number, layer in enumerate(self._cache.layers):
+                    self._late.prune(number, layer)
+            self._count_entries()
+        sequence.settled, sequence.decoded = len(sequence.prompts), 0
+
+    def _count_entries(self) -> None:
+        """Count anew what the cache stores of each prompt."""
+        assert self._cache is not None
+        before, after = full_cache_bytes(self._cache), cache_bytes(self._cache)
+        for prompt in self.sequence.prompts:
+            counts = count_entries(self._cache, prompt)
+            prompt.call.media_entries = counts
+            prompt.call.kv_bytes_before, prompt.call.kv_bytes_after = before, after
+        if self.prefill is not None:
+            self.prefill.entries = counts  # of the newest prompt
 
     # -- what layers and attention are told
 
@@ -271,6 +359,11 @@ class Forward:
         if kept is not None:
             layer.select(kept[0])
             layer.holes = kept[1]
+
+
+def _is_due(step: Step, decoded: int) -> bool:
+    site = step.stage.site
+    return isinstance(site, CacheSite) and decoded % site.every == 0
 
 
 def padding_of(mask: Any) -> Tensor | None:

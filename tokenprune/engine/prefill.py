@@ -7,14 +7,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from tokenprune.core.budget import Budget
-from tokenprune.core.context import Candidates, Context, Lifetime
+from tokenprune.core.context import Context, Lifetime
 from tokenprune.core.indices import pad_left
 from tokenprune.core.recipe import Step
 from tokenprune.core.selection import Merge, Selection
-from tokenprune.core.site import Cache, Layer
-from tokenprune.core.stage import Stage
+from tokenprune.core.site import Layer
 from tokenprune.engine.cache import PrunedLayer
+from tokenprune.engine.checks import check_selection, of_kinds
 from tokenprune.engine.flight import Flight
 from tokenprune.engine.layouts import lay_out
 from tokenprune.engine.maps import EncoderMaps
@@ -23,7 +22,6 @@ from tokenprune.engine.prompt import Prompt, Sample
 from tokenprune.engine.schedule import Schedule
 from tokenprune.engine.sequence import Sequence
 from tokenprune.engine.signals import Collector, Place, columns_of
-from tokenprune.errors import RecipeError
 from tokenprune.report.report import Call, Decision
 
 __all__ = ["Prefill"]
@@ -147,15 +145,14 @@ class Prefill:
             self._record(place, sample, rows, rows, None)
             return None
         selection = stage.select(context)
-        _check(stage, selection, context, budget)
+        check_selection(stage, selection, context, budget)
         return selection
 
     def _state(self, step: Step, sample: Sample, kind: type[T], lives: Lifetime) -> T:
         if lives == "prompt":
             state: T = sample.state.setdefault((step.number, kind), kind())
         else:
-            key = step.number, kind, sample.number
-            state = self._sequence.state.setdefault(key, kind())
+            state = self._sequence.state_of(step.number, kind, sample.number)
         return state
 
     def tokens(self) -> list[Tensor]:
@@ -203,7 +200,8 @@ class Prefill:
         rows = sample.alive.expand(heads, -1)
         changed = False
         for step in steps:
-            candidates = _candidates(sample, step.stage, rows)
+            stage = step.stage
+            candidates = rows if sample.all_on(stage) else of_kinds(stage, sample.on(stage), rows)
             if not candidates.shape[1]:
                 continue
             place = Place(step, number, stored=layer)
@@ -273,28 +271,6 @@ def _translate(merge: Merge | None, names: Tensor) -> Merge | None:
     return Merge(names[merge.source], names[merge.target], merge.weight)
 
 
-def _candidates(sample: Sample, stage: Stage, rows: Tensor) -> Tensor:
-    """Of the rows `[H, N]` that heads hold, those that a stage may look at.
-
-    Raises:
-        RecipeError: Heads hold different numbers of them.
-    """
-    if sample.all_on(stage):
-        return rows
-    on = sample.on(stage)[rows]  # [H, N]
-    counts = on.sum(dim=1)
-    if bool((counts != counts[0]).any()):
-        raise RecipeError(
-            f"{stage.name} at {stage.site} acts on {' and '.join(sorted(stage.acts_on))} alone, of "
-            f"which key-value heads hold {int(counts.min())} to {int(counts.max())} tokens after "
-            "the stages before it, and all heads of a cache must go on with equally many; put the "
-            "stage that acts on some modalities first"
-        )
-    if rows.stride(0) == 0:  # all heads hold the same
-        return rows[0][on[0]].expand(len(rows), -1)
-    return rows[on].view(len(rows), -1)
-
-
 def _pick(rows: Tensor, index: Tensor) -> Tensor:
     """The rows `[H, K]` that a selection keeps of `[H, N]`, as one set where heads agree."""
     if index.ndim == 1 and rows.stride(0) == 0:
@@ -309,25 +285,3 @@ def _without(rows: Tensor, candidates: Tensor, kept: Tensor) -> Tensor:
         others = own[~torch.isin(own, there)]
         parts.append(torch.cat([others, left]).sort().values)
     return torch.stack(parts)
-
-
-def _check(stage: Stage, selection: Selection, candidates: Candidates, budget: Budget) -> None:
-    """Hold a stage to what it promised, before anything is cut."""
-    shape, total = selection.index.shape, len(candidates)
-    at_cache = isinstance(stage.site, Cache)
-    heads = len(candidates.rows) if at_cache else None
-    if (selection.index.ndim == 2 and shape[0] != heads) or shape[-1] > total:
-        form = f"[K] or [{heads}, K]" if at_cache else "[K]"
-        raise RecipeError(
-            f"{stage.name} at {stage.site} must keep 0 to {total} tokens, {form}; "
-            f"got {tuple(shape)}"
-        )
-    if not budget.least <= shape[-1] <= budget.most:
-        promised = budget.total if budget.exact else f"{budget.least} to {budget.most}"
-        raise RecipeError(
-            f"{stage.name} promised to keep {promised} of {total} tokens and kept {shape[-1]}"
-        )
-    if selection.merge is not None and at_cache:
-        raise RecipeError(
-            f"{stage.name} cannot merge tokens at {stage.site}, only at the input and at layers"
-        )

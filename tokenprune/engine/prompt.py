@@ -25,11 +25,15 @@ class Given:
         question: What is asked, without the words of the chat template.
         frames: For each clip (each image, if there are no clips) its pictures `[F, 3, H, W]` uint8.
         frame_seconds: For each clip `[F]` float64, when its frames are shown.
+        continues: Whether the prompt's clip goes on with that of the prompt before.
+        more: Whether more of the prompt will follow, its question included.
     """
 
     question: str | None = None
     frames: list[Tensor] | None = None
     frame_seconds: list[Tensor] | None = None
+    continues: bool = False
+    more: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,11 @@ class Sample:
             tokens = torch.cat([self.text[-count:], media]).sort().values[-count:]
             self._newest = self.alive, count, tokens
         return self._newest[2]
+
+    def mask(self) -> Tensor:
+        """`[P]` bool: which tokens are still there."""
+        there = torch.zeros(len(self.layout), dtype=torch.bool, device=self.alive.device)
+        return there.index_fill_(0, self.alive, True)
 
     def candidates(self, stage: Stage) -> Tensor:
         """Rows of `layout` that the stage may look at, `[N]`."""

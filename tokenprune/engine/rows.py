@@ -57,7 +57,7 @@ def attention_rows(
     Args:
         attended: Of the layer.
         queries: For each sample `[R]`, which of its hidden states in flight ask.
-        columns: For each sample `[N]`, which keys are looked at.
+        columns: For each sample `[N]`, or `[H, N]`, which keys are looked at.
         signal: What is reduced.
         grouped: Whether heads are reduced within each key-value head.
 
@@ -66,7 +66,7 @@ def attention_rows(
     """
     kv_heads = attended.keys.shape[1]
     sums = [
-        _Rows(signal, kv_heads if grouped else 1, attended.query.shape[1], len(q), len(c))
+        _Rows(signal, kv_heads if grouped else 1, attended.query.shape[1], len(q), c.shape[-1])
         for q, c in zip(queries, columns, strict=True)
     ]
     columns = [one.to(attended.keys.device) for one in columns]
@@ -74,8 +74,16 @@ def attention_rows(
         for number, (rows, where) in enumerate(zip(queries, columns, strict=True)):
             ahead = max(0, _longest(queries) - len(rows) - first)  # holes on the left
             if ahead < block.shape[2]:
-                sums[number].add(block[number, :, ahead:].index_select(-1, where))
+                sums[number].add(_pick(block[number, :, ahead:], where))
     return [one.result() for one in sums]
+
+
+def _pick(block: Tensor, where: Tensor) -> Tensor:
+    """Of rows `[heads, r, S]` some columns, `[N]`, or `[H, N]` for each key-value head."""
+    if where.ndim == 1:
+        return block.index_select(-1, where)
+    heads = where.repeat_interleave(len(block) // len(where), dim=0)
+    return block.gather(-1, heads[:, None].expand(-1, block.shape[1], -1))
 
 
 class _Rows:

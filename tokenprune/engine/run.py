@@ -107,7 +107,7 @@ class Run:
             # Without cache and mask transformers takes gaps in positions for packed sequences.
             kwargs["attention_mask"] = hidden.new_ones(batch, length, dtype=torch.int64)
         self.forward = None
-        self.forward = Forward(self._schedule, cache, batch, length, hidden.device)
+        self.forward = Forward(self._schedule, cache, batch, length, hidden.device, self._given)
         self._started = Mark(self._lm)
         self.forward.begin(kwargs, self._media_prompt(length, hidden.device))
         return (), kwargs
@@ -157,6 +157,8 @@ class Run:
             # Counting steps would compile each of them anew, and a graph knows no time.
             elif not torch.compiler.is_compiling():
                 self.report.step(started, finished)
+        else:
+            forward.abandon()
         forward.sequence.stop()
         self.forward = None
         if call is not None:
@@ -269,7 +271,7 @@ class Run:
         kwargs.pop("position_ids", None)
         output = base_attention(name, module)(module, query, key, value, mask, **kwargs)
         number = module.layer_idx
-        if self._schedule.attended(number):
+        if self._schedule.watches(number):
             stored = (
                 (key, value, keys) if layer is None else (layer.keys, layer.values, layer.index)
             )
@@ -278,6 +280,7 @@ class Run:
                 lambda: Attended(
                     query, *stored[:2], attention_mask, flight.rows, stored[2], kwargs
                 ),
+                layer,
             )
         if layer is not None:
             forward.after_attention(number, layer)

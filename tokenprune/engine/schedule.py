@@ -24,7 +24,7 @@ from tokenprune.core.signal import (
 from tokenprune.core.site import Cache, Input, Layer
 from tokenprune.errors import RecipeError, UnsupportedModelError
 
-__all__ = ["Request", "Schedule", "make_schedule"]
+__all__ = ["Request", "Schedule", "covering", "make_schedule"]
 
 
 class Request(NamedTuple):
@@ -53,7 +53,9 @@ class Schedule:
         encoder: Signals of the encoder, with the modalities they are wanted of.
         input: Steps on the embeddings.
         layer: Steps on the hidden states that enter a layer, by the layer's number.
-        cache: Steps on the caches of layers.
+        cache: Steps on the caches of layers, right after their attention.
+        after_prefill: Steps on caches once a prompt is there.
+        decode: Steps on caches while tokens are generated.
         keeps_input: Whether what enters the language model is needed later.
         keeps_entered: Whether what enters a layer is needed at its cache.
         given: Signals that the caller has to give.
@@ -64,14 +66,16 @@ class Schedule:
         self.steps = tuple(steps)
         self.compact = compact
         self.input = [step for step in self.steps if isinstance(step.stage.site, Input)]
-        self.cache = [step for step in self.steps if isinstance(step.stage.site, Cache)]
+        self.cache = list(self._after("layer"))
+        self.after_prefill = list(self._after("prefill"))
+        self.decode = list(self._after("decode"))
         self.layer: dict[int, list[Step]] = {}
         self.encoder: dict[EncoderSignal, frozenset[Modality]] = {}
         self.given: dict[Question | Frames, str] = {}
         self.keeps_input = self.keeps_entered = False
         self._attended: dict[int, list[Request]] = {}
         self._before: dict[int, list[Request]] = {}  # of a layer about to run, for its own stages
-        self._after: dict[int, list[Request]] = {}  # of a layer about to run, for later stages
+        self._narrowed: dict[int, list[Request]] = {}  # of a layer about to run, for later stages
         for step in self.steps:
             site = step.stage.site
             if isinstance(site, Layer):
@@ -79,13 +83,25 @@ class Schedule:
             for signal in step.stage.needs:
                 self._want(step, signal)
 
+    def _after(self, when: str) -> Iterator[Step]:
+        """Steps on caches that act at this time."""
+        for step in self.steps:
+            site = step.stage.site
+            if isinstance(site, Cache) and site.after == when:
+                yield step
+
+    @property
+    def on_caches(self) -> bool:
+        """Whether any stage acts on caches."""
+        return bool(self.cache or self.after_prefill or self.decode)
+
+    def watches(self, layer: int) -> bool:
+        """Whether anything is collected, now or later, when a layer attends."""
+        return layer in self._attended or bool(self.after_prefill or self.decode)
+
     def cache_steps(self, layer: int) -> list[Step]:
-        """Steps on the cache of one layer."""
-        return [
-            step
-            for step in self.cache
-            if isinstance(step.stage.site, Cache) and step.stage.site.covers(layer)
-        ]
+        """Steps on the cache of one layer, right after its attention."""
+        return covering(self.cache, layer)
 
     # -- what is collected
 
@@ -95,7 +111,7 @@ class Schedule:
 
     def probed(self, layer: int, *, narrowed: bool) -> list[Request]:
         """What a layer that is about to run is probed for, before or after tokens leave there."""
-        return (self._after if narrowed else self._before).get(layer, [])
+        return (self._narrowed if narrowed else self._before).get(layer, [])
 
     def request(self, step: Step, signal: Attention | Keys | Values, layer: int) -> Request:
         """A step's signal at a layer, as it is collected."""
@@ -121,6 +137,8 @@ class Schedule:
         elif isinstance(signal, Hidden):
             self.keeps_input |= signal.layer == INPUT and not isinstance(site, Input)
             self.keeps_entered |= signal.layer == 0 and isinstance(site, Cache)
+        elif isinstance(site, Cache) and site.after != "layer":
+            return  # it reads the cache itself
         elif isinstance(signal, Attention | Keys | Values):
             for layer in self._layers(step):
                 self._want_of_layer(self.request(step, signal, layer), step, signal)
@@ -132,7 +150,7 @@ class Schedule:
         rotated = isinstance(signal, Values) or signal.rotary
         if isinstance(step.stage.site, Cache) and rotated and not isinstance(signal, Attention):
             return  # the cache holds it
-        table = self._before if ahead else self._attended if rotated else self._after
+        table = self._before if ahead else self._attended if rotated else self._narrowed
         requests = table.setdefault(request.layer, [])
         if request not in requests:
             requests.append(request)
@@ -143,6 +161,16 @@ class Schedule:
             yield site.index
         elif isinstance(site, Cache):
             yield from (n for n in range(self.adapter.shape.layers) if site.covers(n))
+
+
+def covering(steps: Iterable[Step], layer: int) -> list[Step]:
+    """Those of some steps on caches that act at the cache of one layer."""
+    found = []
+    for step in steps:
+        site = step.stage.site
+        if isinstance(site, Cache) and site.covers(layer):
+            found.append(step)
+    return found
 
 
 def make_schedule(adapter: Adapter, recipe: Recipe, positions: str) -> Schedule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch import Tensor
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.report.report import Call
 
-__all__ = ["Prefilled", "Sequence", "Snapshot", "StateKey"]
+__all__ = ["Asked", "Prefilled", "Sequence", "Snapshot", "StateKey"]
+
+T = TypeVar("T")
 
 StateKey = tuple[int, type[Any], int]
 """Of state: the number of the recipe's step, the kind, and the row of the batch."""
@@ -23,10 +25,26 @@ class Prefilled(NamedTuple):
     Attributes:
         start: Logical length before it.
         call: Its layouts, and what was decided.
+        alive: For each sample `[P]` bool, which tokens went through all layers.
+        continues: Whether its first clip goes on with the last one of the prompt before.
     """
 
     start: int
     call: Call
+    alive: list[Tensor]
+    continues: bool = False
+
+
+class Asked(NamedTuple):
+    """The query of a decode step in one layer.
+
+    Attributes:
+        query: `[B, heads, 1, d]`.
+        rows: `[B, 1]`, its logical index.
+    """
+
+    query: Tensor
+    rows: Tensor
 
 
 class Snapshot(NamedTuple):
@@ -35,6 +53,7 @@ class Snapshot(NamedTuple):
     end: int
     shift: Tensor | None
     prompts: tuple[Prefilled, ...]
+    settled: int
     state: dict[StateKey, Any]
 
 
@@ -46,6 +65,10 @@ class Sequence:
         shift: `[B, 1]`, how far positions lag behind logical indices (compact positions only).
         prompts: Those with media, in order. Which of their tokens are still stored, each layer's
             index says.
+        settled: So many of them have been through the stages after prefill.
+        decoded: Tokens generated since the last of them.
+        asked: By layer, the queries since the last decision of stages that decode.
+        decides: Whether stages act while tokens are generated.
         state: What stages keep as long as the sequence.
         rows: `[B, Q]` logical index of each hidden state in flight, -1 for holes; None between
             forwards, when nothing may be stored.
@@ -57,16 +80,20 @@ class Sequence:
 
     def clear(self) -> None:
         """Forget everything."""
-        self.restore(Snapshot(0, None, (), {}))
+        self.restore(Snapshot(0, None, (), 0, {}))
 
     def snapshot(self) -> Snapshot:
         """What it is now, whatever happens to it later."""
-        return Snapshot(self.end, self.shift, tuple(self.prompts), copy.deepcopy(self.state))
+        state = copy.deepcopy(self.state)
+        return Snapshot(self.end, self.shift, tuple(self.prompts), self.settled, state)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Make it what it was."""
         self.end, self.shift = snapshot.end, snapshot.shift
         self.prompts = list(snapshot.prompts)
+        self.settled, self.decoded = snapshot.settled, 0
+        self.asked: dict[int, list[Asked]] = {}
+        self.decides = False
         self.state = copy.deepcopy(snapshot.state)
         self.rows: Tensor | None = None
         self.holes = False
@@ -98,10 +125,26 @@ class Sequence:
         self._extended = (index, self.rows, new)
         return new
 
+    def state_of(self, step: int, kind: type[T], sample: int) -> T:
+        """The state of a step's stages for a row of the batch; made where there is none."""
+        state: T = self.state.setdefault((step, kind, sample), kind())
+        return state
+
     def crop(self, length: int) -> None:
-        """Forget what lies beyond a logical length."""
+        """Forget what lies beyond a logical length.
+
+        Raises:
+            UnsupportedModelError: What was decided while decoding rests on it.
+        """
+        if self.decides and self.decoded:
+            raise UnsupportedModelError(
+                "cannot take back generated tokens: stages that act while decoding have decided by "
+                "them; use a recipe without such stages, or decode without an assistant"
+            )
         self.end = length
         self.prompts = [one for one in self.prompts if one.start < length]
+        self.settled = min(self.settled, len(self.prompts))
+        self.asked = {}
 
     def stop(self) -> None:
         """Let nothing be stored until the next forward, which compilers find as it was before."""

@@ -236,7 +236,7 @@ class Collector:
         for request in requests:
             signal = request.signal
             if isinstance(signal, Attention):
-                queries = [self._queries(signal, sample, request) for sample in self._samples]
+                queries = [self._asking(request, signal, sample) for sample in self._samples]
                 found = attention_rows(attended, queries, columns, signal, request.grouped)
             else:
                 source = attended.keys if isinstance(signal, Keys) else attended.values
@@ -254,8 +254,12 @@ class Collector:
         ahead = stored - self._flight.rows.shape[1]
         return [self._flight.locate(one.number, one.text) + ahead for one in self._samples]
 
-    def _queries(self, signal: Attention, sample: Sample, request: Request) -> Tensor:
-        """Which hidden states in flight of a sample ask, `[R]`."""
+    def asking(self, sample: Sample, signal: Attention) -> Tensor:
+        """Which hidden states in flight of a sample ask, `[R]`: its last tokens, or its text.
+
+        Raises:
+            RecipeError: There is no text after the media.
+        """
         if signal.queries == "text":
             tokens = sample.text_after
             if not len(tokens):
@@ -263,11 +267,16 @@ class Collector:
                     "the attention of the text after the media was asked for, and the prompt ends "
                     "with its media; put the question last, or use queries=1"
                 )
-        elif request.own is not None:
-            tokens = self._own_queries(self._schedule.steps[request.own], sample, request.layer)
         else:
-            assert isinstance(signal.queries, int)
+            assert isinstance(signal.queries, int), "a stage's own queries are looked up elsewhere"
             tokens = sample.newest(signal.queries, self._flight.past)
+        return self._flight.locate(sample.number, tokens)
+
+    def _asking(self, request: Request, signal: Attention, sample: Sample) -> Tensor:
+        if request.own is None:
+            return self.asking(sample, signal)
+        step = self._schedule.steps[request.own]
+        tokens = self._own_queries(step, sample, request.layer)
         return self._flight.locate(sample.number, tokens)
 
     def _own_queries(self, step: Step, sample: Sample, layer: int) -> Tensor:

@@ -37,6 +37,10 @@ class Decision:
         kept: `[K]` positions of surviving candidates, or `[H, K]` at a cache site.
         merge: Who absorbs whom, in positions; None if nothing was merged.
         step: Which step of the recipe decided, from 0.
+        length: Tokens of the unpruned sequence when it decided: queries from there on see the
+            result. None for those of the call.
+        group: The group of a grouped prefill whose tokens it chose from; None for the whole prompt.
+        of_sequence: Whether it chose from all prompts that the sequence holds.
     """
 
     method: str
@@ -47,6 +51,9 @@ class Decision:
     kept: Tensor
     merge: Merge | None = None
     step: int = 0
+    length: int | None = None
+    group: int | None = None
+    of_sequence: bool = False
 
     def __repr__(self) -> str:
         kept = self.kept.shape[-1]

@@ -72,6 +72,8 @@ class GroupPrefill:
         given = Given(
             frames=self._loaded.frames_by_clip(Media(group.frames, video=group)),
             frame_seconds=self._loaded.frame_seconds(group),
+            continues=not opening,
+            more=True,
         )
         try:
             if end_tokens:
