@@ -18,7 +18,7 @@ from tests.contract.harness import generate, logits_of, prompt_of, pruned
 from tests.tiny import FAMILIES, decoder_of
 from tokenprune import Session, prune
 from tokenprune.engine.cache import CACHE_NAME
-from tokenprune.engine.rollback import cache_from_state, cache_state
+from tokenprune.engine.state import cache_from_state, cache_state
 from tokenprune.models.load import load_model
 
 SHORT = (*THREE, "gemma3", "qwen3_vl")

@@ -1,4 +1,4 @@
-"""Stages at caches after prefill and while decoding match the oracle, whatever was stored before."""
+"""Stages at caches after prefill and while decoding match the oracle, whatever was stored."""
 
 from __future__ import annotations
 

@@ -13,17 +13,27 @@ import torch
 from torch import Tensor
 
 from tests.checkpoints import CHECKPOINTS, SEEING
+from tests.contract.doubles import Half
 from tests.contract.harness import codes_of, generate, logits_of
 from tests.contract.memory import Watch
 from tests.contract.oracle import assert_close, dense_logits, positions_logged, read_decisions
 from tests.contract.snapshot import snapshot
+from tests.engine.test_sequence import Count
+from tests.engine.test_sequence import Counting as AnyCounting
 from tests.releases import OLD
 from tests.tiny import Tiny, decoder_of
 from tokenprune import Session
+from tokenprune.core.context import Lifetime
+from tokenprune.core.recipe import Recipe
+from tokenprune.core.registry import METHODS, register
+from tokenprune.core.signal import Attention
+from tokenprune.core.site import Cache
+from tokenprune.engine.state import cache_from_state
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.inputs import read_media
 from tokenprune.models.load import load_model
 from tokenprune.models.loaded import LoadedModel
+from tokenprune.session.file import read as read_file
 
 QUESTION = "what is it?"
 FRAMES = 7  # with groups of 4 the last one is short, and odd where two frames are joined
@@ -66,7 +76,7 @@ class Watched:
     output: Any
     positions: Tensor | None
 
-    def session(self, recipe: str = "none", group: int = 4) -> Session:
+    def session(self, recipe: str | Recipe = "none", group: int = 4) -> Session:
         """A session that has watched the video."""
         session = Session(self.loaded.model, self.loaded.processor, recipe, group=group)
         session.watch(self.video, frames=FRAMES)
@@ -173,6 +183,109 @@ def test_pruned_groups_are_the_oracle(name: str, recipe: str, watched: Any) -> N
     prompt = run.inputs["input_ids"].shape[1]
     assert_close(logits_of(output), expected[:, prompt - 1 :])
     assert float((logits_of(output)[:, 0] - logits_of(run.output)[:, 0]).abs().max()) > 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Counting(AnyCounting):
+    """Counts over the groups of a session."""
+
+    lives: Lifetime = "sequence"
+
+    name = "counting"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Late(Half):
+    """Half of what is stored, for each question."""
+
+    at: Cache = Cache(after="prefill")
+    signal: Attention | None = Attention(queries="text", reduce="mean", heads="mean")
+
+    name = "late"
+
+
+LATE = {
+    "keys": Half(at=Cache(after="prefill")),
+    "question": Half(
+        at=Cache(after="prefill"),
+        signal=Attention(queries="text", reduce="mean", heads="mean"),
+    ),
+    "decode": Half(
+        at=Cache(after="decode", every=2),
+        signal=Attention(queries="since", reduce="mean", heads="mean"),
+    ),
+}
+"""Stages that act on a question's branch alone."""
+
+
+@families
+@pytest.mark.parametrize("late", LATE)
+def test_what_acts_on_a_question_s_branch_is_the_oracle(
+    name: str, late: str, watched: Any, tmp_path: Path
+) -> None:
+    run = watched(name)
+    if name == "gemma3":
+        pytest.skip("its layers have sliding windows, whose caches are left alone")
+    recipe = Recipe("uniform(keep=0.8) + random(keep=0.7 at=cache)", LATE[late])
+    heads = decoder_of(run.loaded.model).config.num_key_value_heads
+    with run.session(recipe) as session:
+        before = session.kv_bytes
+        first = ask(session)
+        asked = session.asked
+        assert asked is not None
+        decided = [one for call in asked.calls for one in call.decisions if one.method == "half"]
+        assert decided and all(one.of_sequence for one in decided)
+        assert all(one.method != "half" for call in session.report.calls for one in call.decisions)
+        read = first.sequences[:, :-1]
+        codes = codes_of(run.tiny, recipe)
+        replay = read_decisions(asked.calls, 1, read.shape[1], heads, codes)
+        expected = dense_logits(run.loaded.model, run.inputs, read, replay, run.positions)
+        prompt = run.inputs["input_ids"].shape[1]
+        assert_close(logits_of(first), expected[:, prompt - 1 :])
+        # It is taken back with the question.
+        assert session.kv_bytes == before and same(ask(session), first)
+        other = ask(session, "and what else?")
+        assert same(ask(session), first) and not torch.equal(other.sequences, first.sequences)
+
+
+@families
+def test_state_of_a_sequence_goes_on_over_groups_and_files(
+    name: str, watched: Any, tmp_path: Path
+) -> None:
+    run = watched(name)
+    stage = Counting()
+    recipe = Recipe(stage, "uniform(keep=0.8)")
+    with run.session(recipe) as session:
+        assert [times for times, _ in stage.seen] == [1, 2]
+        path = session.save(tmp_path / "session.safetensors")
+    tensors, header = read_file(path)
+    cache = cache_from_state(
+        decoder_of(run.loaded.model).config,
+        tensors,
+        header["watched"]["cache"],
+        torch.device("cpu"),
+    )
+    sequence = cache.layers[0].sequence
+    count = sequence.state_of(0, Count, 0)
+    assert count.times == 2 and float(count.tokens) == stage.seen[-1][1]
+    assert [one.continues for one in sequence.prompts] == [False, True]
+    assert sequence.settled == 0
+
+
+def test_a_loaded_session_prunes_for_a_question_as_the_saved_one(
+    watched: Any, tmp_path: Path
+) -> None:
+    run = watched("llava_onevision")
+    recipe = "uniform(keep=0.8) + late"
+    register("late", Late)
+    try:
+        with run.session(recipe) as session:
+            expected = ask(session)
+            path = session.save(tmp_path / "session.safetensors")
+        with Session.load(path, run.loaded.model, run.loaded.processor) as loaded:
+            assert same(ask(loaded), expected)
+    finally:
+        del METHODS.claims["late"]
 
 
 @families

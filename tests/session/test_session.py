@@ -325,7 +325,7 @@ def test_a_saved_file_says_what_it_is(saved, loaded):
     assert header["version"] == tokenprune.__version__
     assert header["recipe"] == "uniform(keep=0.5)"
     assert header["identity"] == identity(loaded.model)
-    assert {"0.keys", "0.values", "0.index", "prompt.ids"} <= names
+    assert {"0.keys", "0.values", "0.index", "tokens.ids"} <= names
     assert list(path.parent.iterdir()) == [path]  # nothing half-written is left
 
 
@@ -437,9 +437,9 @@ def test_files_of_others_fail(loaded, files, tmp_path):
 def test_a_newer_format_fails(saved, loaded, tmp_path):
     with safe_open(saved[0], framework="pt") as file:
         metadata = file.metadata()
-    metadata["tokenprune"] = metadata["tokenprune"].replace('"format": 3', '"format": 4')
+    metadata["tokenprune"] = metadata["tokenprune"].replace('"format": 4', '"format": 5')
     save_file(load_file(saved[0]), tmp_path / "new.safetensors", metadata=metadata)
-    with pytest.raises(MediaError, match="is of format 4, .* this one reads format 3"):
+    with pytest.raises(MediaError, match="is of format 5, .* this one reads format 4"):
         load(tmp_path / "new.safetensors", loaded)
 
 

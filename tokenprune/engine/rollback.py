@@ -1,26 +1,23 @@
-"""Taking a pruned cache back to an earlier state, and out of a process and into another."""
+"""Taking a pruned cache back to an earlier state."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
-from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from tokenprune.engine.cache import PrunedLayer, adopt, new_cache
+from tokenprune.engine.cache import PrunedLayer
 from tokenprune.engine.sequence import Sequence
 
-__all__ = ["Bookmark", "cache_from_state", "cache_state"]
+__all__ = ["Bookmark"]
 
 
 class Bookmark:
     """The state of a pruned cache of one sample, to go back to.
 
     Layers only ever append, so what was stored is found again at the front of their tensors, and
-    nothing is copied. Two things are different: layers with a sliding window forget what going back
-    needs, so their tensors are held; and so are all tensors where rows will be repeated (beams).
+    nothing is copied. Three things are different: layers with a sliding window forget what going
+    back needs, so their tensors are held; and so are all tensors where rows will be repeated
+    (beams), or entries pruned.
 
     Args:
         cache: A pruned cache that holds something.
@@ -61,46 +58,3 @@ class _LayerBookmark:
         for name, newest in self._newest.items():
             front = before[name][:, :, : self._stored]
             setattr(layer, name, torch.cat([front, newest], dim=2) if newest.shape[2] else front)
-
-
-def cache_state(cache: Cache) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What makes up a pruned cache between two forwards.
-
-    Returns:
-        Tensors by name ("0.keys", "0.values" and "0.index" for layer 0), and the rest as plain
-        numbers and flags.
-    """
-    tensors, plain = {}, []
-    for number, layer in enumerate(cache.layers):
-        tensors[f"{number}.keys"] = layer.keys
-        tensors[f"{number}.values"] = layer.values
-        tensors[f"{number}.index"] = layer.index.to(torch.int32)
-        state = vars(layer).items()
-        plain.append({name: value for name, value in state if type(value) in (int, bool)})
-    return tensors, {"end": cache.layers[0].sequence.end, "layers": plain}
-
-
-def cache_from_state(
-    config: PreTrainedConfig,
-    tensors: dict[str, Tensor],
-    plain: dict[str, Any],
-    device: torch.device,
-) -> Cache:
-    """The cache whose state was taken.
-
-    Args:
-        config: Of the language model.
-        tensors: As from `cache_state`.
-        plain: As from `cache_state`.
-        device: Where the model is.
-    """
-    cache = new_cache(config)
-    sequence = adopt(cache, len(plain["layers"]))
-    sequence.end = plain["end"]
-    for number, (layer, state) in enumerate(zip(cache.layers, plain["layers"], strict=True)):
-        keys, values = (tensors[f"{number}.{name}"].to(device) for name in ("keys", "values"))
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        layer.index = tensors[f"{number}.index"].to(device, torch.int64)
-        layer.__dict__.update(state)
-    return cache

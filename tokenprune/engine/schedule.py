@@ -95,9 +95,14 @@ class Schedule:
         """Whether any stage acts on caches."""
         return bool(self.cache or self.after_prefill or self.decode)
 
+    @property
+    def prunes_later(self) -> bool:
+        """Whether any stage acts on what was stored before."""
+        return bool(self.after_prefill or self.decode)
+
     def watches(self, layer: int) -> bool:
         """Whether anything is collected, now or later, when a layer attends."""
-        return layer in self._attended or bool(self.after_prefill or self.decode)
+        return layer in self._attended or self.prunes_later
 
     def cache_steps(self, layer: int) -> list[Step]:
         """Steps on the cache of one layer, right after its attention."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from tokenprune.errors import UnsupportedModelError
+from tokenprune.errors import TokenPruneError, UnsupportedModelError
 from tokenprune.report.report import Call
 
 __all__ = ["Asked", "Prefilled", "Sequence", "Snapshot", "StateKey"]
@@ -70,6 +71,7 @@ class Sequence:
         asked: By layer, the queries since the last decision of stages that decode.
         decides: Whether stages act while tokens are generated.
         state: What stages keep as long as the sequence.
+        saved: Fields of state that was read from a file, until a stage asks for it by its kind.
         rows: `[B, Q]` logical index of each hidden state in flight, -1 for holes; None between
             forwards, when nothing may be stored.
         holes: Whether `rows` has any.
@@ -95,9 +97,34 @@ class Sequence:
         self.asked: dict[int, list[Asked]] = {}
         self.decides = False
         self.state = copy.deepcopy(snapshot.state)
+        if not snapshot.prompts:
+            self.saved: dict[tuple[int, str, int], dict[str, Any]] = {}
         self.rows: Tensor | None = None
         self.holes = False
         self._extended: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def branch(self, rows: int) -> list[Call]:
+        """Go on with copies of the prompts' records, which what follows may add to.
+
+        Args:
+            rows: Rows that a sequence of one row becomes.
+
+        Returns:
+            The copies.
+        """
+        self.prompts = [
+            one._replace(
+                call=replace(
+                    one.call, layouts=one.call.layouts * rows, decisions=list(one.call.decisions)
+                ),
+                alive=one.alive * rows,
+            )
+            for one in self.prompts
+        ]
+        for (step, kind, _), state in list(self.state.items()):
+            for row in range(1, rows):
+                self.state[step, kind, row] = copy.deepcopy(state)
+        return [one.call for one in self.prompts]
 
     def extend(self, index: Tensor, empty: bool) -> Tensor:
         """Append the rows in flight to a layer's index `[B, H, S]`.
@@ -127,8 +154,28 @@ class Sequence:
 
     def state_of(self, step: int, kind: type[T], sample: int) -> T:
         """The state of a step's stages for a row of the batch; made where there is none."""
-        state: T = self.state.setdefault((step, kind, sample), kind())
+        key = step, kind, sample
+        if key not in self.state:
+            saved = self.saved.get((step, _path(kind), sample))
+            self.state[key] = kind() if saved is None else kind(**saved)
+        state: T = self.state[key]
         return state
+
+    def plain_state(self) -> dict[tuple[int, str, int], dict[str, Any]]:
+        """The fields of each state, by step, path of its kind, and row of the batch.
+
+        Raises:
+            TokenPruneError: A kind is no dataclass.
+        """
+        found = dict(self.saved)
+        for (step, kind, sample), state in self.state.items():
+            if not is_dataclass(state):
+                raise TokenPruneError(
+                    f"{_path(kind)} is no dataclass, so the state of step {step} cannot be saved"
+                )
+            named = {one.name: getattr(state, one.name) for one in fields(state)}
+            found[step, _path(kind), sample] = named
+        return found
 
     def crop(self, length: int) -> None:
         """Forget what lies beyond a logical length.
@@ -149,3 +196,7 @@ class Sequence:
     def stop(self) -> None:
         """Let nothing be stored until the next forward, which compilers find as it was before."""
         self.rows = self._extended = None
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -23,7 +23,7 @@ from tokenprune.errors import MediaError, TokenPruneError, UnsupportedModelError
 
 __all__ = ["check_identity", "check_path", "identity", "read", "read_header", "write"]
 
-_FORMAT = 3
+_FORMAT = 4
 _KEY = "tokenprune"
 _SAMPLES = 64  # of each parameter
 _VOLATILE = ("_name_or_path", "_attn_implementation", "transformers_version", "dtype")

@@ -61,7 +61,7 @@ def generate_from(
         question: The cache of what it is about is as before when this returns, or fails.
         loaded: The model that watched.
         patch: Of the session; its hooks are there for the time of the call.
-        report: Is filled as the model runs.
+        report: Is filled as the model runs, with what stages decide for this question alone.
         settings: Of `generate`.
 
     Returns:
@@ -80,10 +80,13 @@ def generate_from(
             "use_cache=False would forget what was watched; leave it out, or use `prune`"
         )
     rows = _rows(model, settings)
-    mark = Bookmark(cache, whole=rows > 1)
+    # What prunes on the branch would take from the front, where a bookmark finds what was stored.
+    mark = Bookmark(cache, whole=rows > 1 or patch.schedule.prunes_later)
     try:
         if rows > 1:  # `generate` repeats its inputs, but not a cache that it is given
             cache.batch_repeat_interleave(rows)
+        calls = cache.layers[0].sequence.branch(rows)
+        report.calls[:] = calls if report.calls else []
         with torch.no_grad(), patch.run(report, Given(question=question.words)):
             output: Any = model.generate(
                 input_ids=prompt.ids,

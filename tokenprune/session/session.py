@@ -86,6 +86,7 @@ class Session(Summary):
         self._report = Report(str(recipe))
         watcher = Watcher(self._loaded, self._patch, self._report, group)
         super().__init__(recipe, self._loaded.name, watcher)
+        self._asked: Report | None = None
         self._closed = False
         self._turn = Turn()
 
@@ -93,6 +94,11 @@ class Session(Summary):
     def report(self) -> Report:
         """Layouts and decisions of each group, as `prune` reports them; empty after `load`."""
         return self._report
+
+    @property
+    def asked(self) -> Report | None:
+        """The report of the last question: what was decided when watching, and for it alone."""
+        return self._asked
 
     # -- watching
 
@@ -169,6 +175,7 @@ class Session(Summary):
         report.calls.extend(self._report.calls)
         settings = {"do_sample": False, **settings}
         settings |= {"max_new_tokens": max_new_tokens, "streamer": streamer}
+        self._asked = report
         output = generate_from(asked, self._loaded, self._patch, report, settings)
         return self._answered(answer_words(output, asked, self._loaded), report)
 
@@ -187,8 +194,10 @@ class Session(Summary):
         Raises:
             TokenPruneError: As `ask`; or a setting is the session's own.
         """
-        asked = self._question(question)
-        return generate_from(asked, self._loaded, self._patch, self._report, settings)
+        asked, report = self._question(question), Report(str(self.recipe))
+        report.calls.extend(self._report.calls)
+        self._asked = report
+        return generate_from(asked, self._loaded, self._patch, report, settings)
 
     def _watched(self, what: str) -> Watched:
         """What was watched, with all frames prefilled that waited."""

@@ -119,11 +119,16 @@ class Summary:
             words: Of the answer.
             report: Of watching and of the question.
         """
+        media_tokens, kv_bytes = self.media_tokens, self.kv_bytes
+        calls = report.calls
+        if calls and calls[-1].kv_bytes_after != kv_bytes.after:  # pruned for this question alone
+            media_tokens = total([call.media_tokens for call in calls])
+            kv_bytes = Change(calls[-1].kv_bytes_before, calls[-1].kv_bytes_after)
         return Answer(
             answer=words,
-            media_tokens=self.media_tokens,
+            media_tokens=media_tokens,
             seconds=Seconds.zero() + report.turn_seconds,
-            kv_bytes=self.kv_bytes,
+            kv_bytes=kv_bytes,
             frames=self.frames,
             recipe=str(self.recipe),
             model=self.model_name,

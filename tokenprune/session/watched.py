@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from tokenprune.engine.cache import new_cache
-from tokenprune.engine.rollback import cache_from_state, cache_state
+from tokenprune.engine.state import cache_from_state, cache_state
 from tokenprune.errors import TokenPruneError
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.report.change import Change, MediaTokens
@@ -110,7 +110,7 @@ class Watched:
         """What makes it up: tensors by name, and the rest as plain numbers, texts and lists."""
         tensors, cache = cache_state(self.cache)
         inputs = {"ids": self.prompt.ids, **self.prompt.types, **self.prompt.media}
-        tensors |= {f"prompt.{name}": torch.as_tensor(one) for name, one in inputs.items()}
+        tensors |= {f"tokens.{name}": torch.as_tensor(one) for name, one in inputs.items()}
         script = self.script
         return tensors, {
             "cache": cache,
@@ -149,9 +149,9 @@ class Watched:
             )
         device = loaded.model.device
         inputs = {
-            name.removeprefix("prompt."): one.to(device)
+            name.removeprefix("tokens."): one.to(device)
             for name, one in tensors.items()
-            if name.startswith("prompt.")
+            if name.startswith("tokens.")
         }
         types = {name: inputs.pop(name) for name in plain["types"]}
         language_model: Any = loaded.adapter.language_model
