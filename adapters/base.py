@@ -48,8 +48,8 @@ class MediaCall:
     Attributes:
         modality: What was encoded.
         arguments: The bound arguments of `get_image_features` and its kin.
-        maps: By encoder signal: what it made of each view, in encoding order.
-        view_tokens: Tokens of each view that was read.
+        maps: By encoder signal: what it made of each view, in encoding order;
+        view_tokens: and how many tokens each view has.
         items: What it encoded; filled in by `engine.layouts.lay_out`.
     """
 
@@ -205,6 +205,11 @@ class Adapter(ABC):
             width=text.hidden_size,
             head_width=head_width,
         )
+
+    @property
+    def pictures_per_frame(self) -> int:
+        """Pictures of a clip that the model makes one frame of."""
+        return getattr(getattr(self.config, "vision_config", None), "temporal_patch_size", 1)
 
     def token_ids(self) -> dict[Modality, int]:
         """The placeholder token of each modality."""

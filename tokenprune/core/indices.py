@@ -14,9 +14,14 @@ from torch import Tensor
 __all__ = ["pack_mask", "pad_left", "runs", "take"]
 
 
-def pad_left(rows: list[Tensor]) -> Tensor:
-    """Stack index tensors `[..., K_b]` of several samples to `[B, ..., max K]`, holes left."""
-    longest = max(row.shape[-1] for row in rows)
+def pad_left(rows: list[Tensor], least: int = 0) -> Tensor:
+    """Stack index tensors `[..., K_b]` of several samples to `[B, ..., max K]`, holes left.
+
+    Args:
+        rows: Of each sample.
+        least: How wide the result is at least.
+    """
+    longest = max(least, *(row.shape[-1] for row in rows))
     return torch.stack(
         [torch.nn.functional.pad(row, (longest - row.shape[-1], 0), value=-1) for row in rows]
     )

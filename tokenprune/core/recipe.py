@@ -10,6 +10,7 @@ from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from tokenprune.core.context import ModelShape
+from tokenprune.core.group import Group
 from tokenprune.core.registry import find_method
 from tokenprune.core.stage import Method, Stage
 from tokenprune.errors import RecipeError
@@ -82,6 +83,19 @@ class Recipe:
             for number, method in enumerate(self.methods)
             for stage in method.stages(shape)
         )
+
+    @property
+    def group(self) -> Group | None:
+        """How much of a prompt is prefilled at once; None for all of it.
+
+        Raises:
+            RecipeError: Methods ask for different groups.
+        """
+        wanted = {method.group: method.name for method in self.methods if method.group is not None}
+        if len(wanted) > 1:
+            asked = " and ".join(f"{name} for groups of {group}" for group, name in wanted.items())
+            raise RecipeError(f"recipe {str(self)!r} asks by {asked}; give one size to all")
+        return next(iter(wanted), None)
 
     @property
     def text_dependent(self) -> bool:

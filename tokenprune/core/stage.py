@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenprune.core.budget import Budget, Keep, allocate, check_budget, check_on
 from tokenprune.core.context import Candidates, Context, ModelShape
+from tokenprune.core.group import Group
 from tokenprune.core.layout import MODALITIES, Modality, Per
 from tokenprune.core.selection import Selection
 from tokenprune.core.selectors import top_per_group
@@ -44,6 +45,11 @@ class Method(ABC):
     def text_dependent(self) -> bool:
         """Whether decisions depend on the prompt's text, so that they serve one question only."""
         return any(signal.text_dependent for signal in self.needs)
+
+    @property
+    def group(self) -> Group | None:
+        """How much of a prompt the method has prefilled at once; None if it does not care."""
+        return None
 
     @abstractmethod
     def stages(self, shape: ModelShape) -> tuple[Stage, ...]:

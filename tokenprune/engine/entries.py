@@ -30,12 +30,13 @@ def join_layouts(prompts: list[Prefilled], sample: int) -> TokenLayout:
     """
     columns: dict[str, list[Tensor]] = {one.name: [] for one in fields(TokenLayout)}
     items = canvases = 0
+    ahead = 0, 0
     for prompt in prompts:
         layout = prompt.call.layouts[sample]
         if not len(layout):
             continue
-        # A session numbers the groups of its clip by itself.
-        ahead = (0, 0) if prompt.continues else (items, canvases)
+        # Groups of one prompt, or of a session's clip, are numbered through.
+        ahead = ahead if prompt.continues else (items, canvases)
         shifted = {"item": layout.item + ahead[0], "canvas": layout.canvas + ahead[1]}
         for name, column in columns.items():
             column.append(shifted.get(name, getattr(layout, name)))

@@ -47,9 +47,11 @@ class Flight:
         Returns:
             `[B, Q']`, where each new hidden state is among the present ones; -1 for holes.
         """
-        gather = pad_left([self.locate(b, kept) for b, kept in enumerate(tokens)])
-        self.source = pad_left(tokens)
+        # No layer can be called with nothing: a hole goes on where no token does.
+        least = 1
+        gather = pad_left([self.locate(b, kept) for b, kept in enumerate(tokens)], least)
+        self.source = pad_left(tokens, least)
         self.rows = torch.where(self.source >= 0, self.source + self.past, -1)
-        self.holes = len({len(kept) for kept in tokens}) > 1
+        self.holes = len({len(kept) for kept in tokens} | {self.rows.shape[1]}) > 1
         self._tokens = tokens
         return gather

@@ -18,10 +18,11 @@ from tokenprune.engine.cache import PrunedLayer, adopt, cache_bytes, full_cache_
 from tokenprune.engine.deepstack import DeepStack, absorb_
 from tokenprune.engine.entries import count_entries
 from tokenprune.engine.flight import Flight
+from tokenprune.engine.laid import LaidPrompt
 from tokenprune.engine.late import LateStages, remember_query
 from tokenprune.engine.masks import LazyMask
 from tokenprune.engine.prefill import Prefill
-from tokenprune.engine.prompt import Given, Prompt, Sample
+from tokenprune.engine.prompt import Given, Sample
 from tokenprune.engine.rows import Attended
 from tokenprune.engine.schedule import Schedule
 from tokenprune.engine.sequence import Prefilled, Sequence
@@ -48,6 +49,7 @@ class Forward:
         given: What the caller knows.
 
     Attributes:
+        schedule: Which stages act where.
         flight: The tokens in flight.
         sequence: What it goes on, shared by the layers of the cache.
         prefill: The prompt on its way through the layers; None if this forward brings no media.
@@ -62,7 +64,7 @@ class Forward:
         device: torch.device,
         given: Given | None = None,
     ) -> None:
-        self._schedule = schedule
+        self.schedule = schedule
         self._cache = cache
         self._given = given or Given()
         layers = schedule.adapter.shape.layers
@@ -78,7 +80,7 @@ class Forward:
 
     # -- in order
 
-    def begin(self, kwargs: dict[str, Any], prompt: Prompt | None) -> None:
+    def begin(self, kwargs: dict[str, Any], prompt: LaidPrompt | None) -> None:
         """Run the input stages.
 
         Args:
@@ -86,7 +88,7 @@ class Forward:
                 goes with them are replaced.
             prompt: None if this forward brings no media.
         """
-        if self._schedule.input or self._schedule.layer:
+        if self.schedule.input or self.schedule.layer:
             self._deepstack = DeepStack.taken_from(kwargs)
         if prompt is None:
             self._begin_late(len(kwargs["inputs_embeds"]))
@@ -95,11 +97,13 @@ class Forward:
         real = padding_of(kwargs.get("attention_mask"))
         if real is not None:
             real = real[:, self.flight.past : self.sequence.end]
-        prefill = self.prefill = Prefill(self._schedule, prompt, real, self.flight, self.sequence)
+        prefill = self.prefill = Prefill(
+            self.schedule, prompt, real, self.flight, self.sequence, self._given
+        )
         self._hold(prefill)
         self._begin_late(len(prefill.samples))
         hidden, before = kwargs["inputs_embeds"], prefill.alive
-        for step in self._schedule.input:
+        for step in self.schedule.input:
             with torch.no_grad():  # what is decided, weights included, is constant to gradients
                 merges = prefill.prune(step, -1, hidden)
             hidden = self._merge(hidden, merges)
@@ -117,7 +121,7 @@ class Forward:
 
     def _begin_late(self, batch: int) -> None:
         """Let stages act that look at what was stored before, if it is their time."""
-        sequence, schedule, prefill = self.sequence, self._schedule, self.prefill
+        sequence, schedule, prefill = self.sequence, self.schedule, self.prefill
         sequence.decides = bool(schedule.decode)
         steps: list[Step] = []
         if self._cache is None or not sequence.prompts or self._given.more:
@@ -127,6 +131,7 @@ class Forward:
         elif self.flight.length == 1:
             sequence.decoded += 1
             steps = [step for step in schedule.decode if _is_due(step, sequence.decoded)]
+        steps = [*schedule.whole, *steps]
         if steps:
             state = (
                 [{} for _ in range(batch)]
@@ -160,7 +165,7 @@ class Forward:
             return None
         before, entered = prefill.alive, hidden
         prefill.signals.before_layer(number, probing, narrowed=False)
-        for step in self._schedule.layer.get(number, ()):
+        for step in self.schedule.layer.get(number, ()):
             with torch.no_grad():
                 merges = prefill.prune(step, number, hidden)
             hidden = self._merge(hidden, merges)
@@ -186,8 +191,8 @@ class Forward:
                 self.prefill.signals.attended(number, attended)
             if layer is None:
                 return
-            if self.prefill is None and self._schedule.decode and self.flight.length == 1:
-                remember_query(self.sequence, self._schedule, number, attended())
+            if self.prefill is None and self.schedule.decode and self.flight.length == 1:
+                remember_query(self.sequence, self.schedule, number, attended())
             if self._late is not None:
                 self._late.attended(number, attended, layer)
 
@@ -201,8 +206,8 @@ class Forward:
         prefill = self.prefill
         if prefill is not None:
             self._prune_cache(prefill, number, layer)
-        if self._late is not None and self.sequence.settled == len(self.sequence.prompts):
-            with torch.no_grad():  # the others wait for the last layer
+        if self._late is not None:
+            with torch.no_grad():
                 self._late.prune(number, layer)
         if layer.evict() and prefill is not None:
             prefill.leave_window(number, layer)
@@ -228,7 +233,7 @@ class Forward:
             call.media_entries = prefill.entries
             call.kv_bytes_before = full_cache_bytes(self._cache)
             call.kv_bytes_after = cache_bytes(self._cache)
-        elif self._schedule.on_caches:
+        elif self.schedule.on_caches:
             call.warnings.append("use_cache=False: there is no cache to prune")
         return call
 
@@ -244,7 +249,7 @@ class Forward:
         if self._late is not None and self._cache is not None:
             with torch.no_grad():
                 for number, layer in enumerate(self._cache.layers):
-                    self._late.prune(number, layer)
+                    self._late.settle(number, layer)
             self._count_entries()
         sequence.settled, sequence.decoded = len(sequence.prompts), 0
 
@@ -319,7 +324,7 @@ class Forward:
 
     def _renumber(self, kwargs: dict[str, Any], tokens: list[Tensor] | None) -> None:
         """Compact positions: what is left counts without gaps."""
-        if not self._schedule.compact:
+        if not self.schedule.compact:
             return
         flight, sequence = self.flight, self.sequence
         batch, length = flight.rows.shape
@@ -346,7 +351,7 @@ class Forward:
         kwargs["position_ids"] = positions
 
     def _prune_cache(self, prefill: Prefill, number: int, layer: PrunedLayer) -> None:
-        steps = self._schedule.cache_steps(number)
+        steps = self.schedule.cache_steps(number)
         if not steps:
             return
         if layer.window is not None:

@@ -50,6 +50,11 @@ class LogitRows:
         self._routers = False
         self._taken: tuple[Tensor, Tensor | None] | None = None
 
+    @property
+    def wanted(self) -> int:
+        """Rows at the end of the prompt whose logits the caller wants; 0 for all."""
+        return self._wanted if isinstance(self._wanted, int) else 0
+
     def watch(self, stack: ExitStack) -> None:
         """Pair logits and labels until the stack closes."""
         inline = _has_loss_inline(self._model)

@@ -91,8 +91,15 @@ class LateStages:
             self._found[number, step.number, signal] = list(zip(held, rows, strict=True))
 
     def prune(self, number: int, layer: PrunedLayer) -> None:
-        """Run the steps on the cache of one layer."""
-        steps = covering(self._steps, number)
+        """Run the steps that follow a layer's attention, on its cache."""
+        self._run([step for step in self._steps if not _waits(step)], number, layer)
+
+    def settle(self, number: int, layer: PrunedLayer) -> None:
+        """Run the steps that wait for the last layer, on the cache of one layer."""
+        self._run([step for step in self._steps if _waits(step)], number, layer)
+
+    def _run(self, steps: list[Step], number: int, layer: PrunedLayer) -> None:
+        steps = covering(steps, number)
         if not steps or layer.window is not None:
             return
         for step in steps:
@@ -202,6 +209,11 @@ class LateStages:
         if values.ndim == 3:
             places = places[:, None].expand(-1, values.shape[1], -1)
         return values.gather(-1, places).to(rows.device)
+
+
+def _waits(step: Step) -> bool:
+    site = step.stage.site
+    return isinstance(site, Cache) and site.after == "prefill"
 
 
 def remember_query(sequence: Sequence, schedule: Schedule, number: int, attended: Attended) -> None:

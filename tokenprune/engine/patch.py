@@ -160,6 +160,8 @@ class Patch:
             shadow(stack, model, "prepare_inputs_for_generation", run.check_prepared)
             repeat = functools.partial(check_beam_media, adapter)
             shadow(stack, model, "_expand_inputs_for_generation", repeat)
+        if self.schedule.group is not None:
+            shadow(stack, language_model, "forward", run.in_parts)
         run.logits.watch(stack)
         before, after = "register_forward_pre_hook", "register_forward_hook"
         add_hook(stack, adapter.base_model, before, run.on_prompt, with_kwargs=True)

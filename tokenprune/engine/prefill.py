@@ -15,10 +15,8 @@ from tokenprune.core.site import Layer
 from tokenprune.engine.cache import PrunedLayer
 from tokenprune.engine.checks import check_selection, of_kinds
 from tokenprune.engine.flight import Flight
-from tokenprune.engine.layouts import lay_out
-from tokenprune.engine.maps import EncoderMaps
-from tokenprune.engine.pictures import deal_frames
-from tokenprune.engine.prompt import Prompt, Sample
+from tokenprune.engine.laid import LaidPrompt
+from tokenprune.engine.prompt import Given, Sample
 from tokenprune.engine.schedule import Schedule
 from tokenprune.engine.sequence import Sequence
 from tokenprune.engine.signals import Collector, Place, columns_of
@@ -38,6 +36,7 @@ class Prefill:
         real: `[B, S]` bool, False at padding; None if there is none.
         flight: Its tokens in flight.
         sequence: The sequence that it goes on.
+        given: What the caller knows.
 
     Attributes:
         call: The record that goes into the report.
@@ -48,24 +47,22 @@ class Prefill:
     def __init__(
         self,
         schedule: Schedule,
-        prompt: Prompt,
+        prompt: LaidPrompt,
         real: Tensor | None,
         flight: Flight,
         sequence: Sequence,
+        given: Given,
     ) -> None:
-        adapter, past = schedule.adapter, flight.past
-        self._shape = shape = adapter.shape
+        past = flight.past
+        self._shape = shape = schedule.adapter.shape
         self._flight = flight
         self._sequence = sequence
-        ids, calls, given = prompt.input_ids, prompt.calls, prompt.given
-        laid_out = lay_out(adapter, ids, calls, prompt.arguments, past, given.frame_seconds)
-        layouts = [layout for layout, _ in laid_out]
-        self.call = Call(layouts=layouts, length=sequence.end)
-        maps = EncoderMaps(adapter, calls, schedule.encoder)
-        device, length = ids.device, ids.shape[1]
+        self._group = prompt.group
+        self.call = Call(layouts=list(prompt.layouts), length=sequence.end)
         real = None if real is None else real.cpu()
         self.samples = []
-        for number, (layout, items) in enumerate(laid_out):
+        for number, layout in enumerate(prompt.layouts):
+            length = prompt.length
             mask = torch.ones(length, dtype=torch.bool) if real is None else real[number].clone()
             mask[layout.position - past] = False
             text = mask.nonzero()[:, 0]
@@ -73,17 +70,16 @@ class Prefill:
             self.samples.append(
                 Sample(
                     number=number,
-                    layout=layout.to(device),
-                    alive=torch.arange(len(layout)).to(device),
-                    text=text.to(device),
-                    text_after=text[text > last].to(device),
-                    encoder=maps.of(layout, items, device),
+                    layout=layout.to(prompt.device),
+                    alive=torch.arange(len(layout)).to(prompt.device),
+                    text=text.to(prompt.device),
+                    text_after=text[text > last].to(prompt.device),
+                    encoder=prompt.encoders[number],
                     modalities=frozenset(layout.modality.tolist()),
                 )
             )
         self.entries = torch.zeros(len(self.samples), shape.layers, shape.kv_heads, dtype=torch.int)
-        frames = deal_frames(layouts, given.frames) if schedule.given else []
-        self.signals = Collector(schedule, self.samples, flight, given, frames)
+        self.signals = Collector(schedule, self.samples, flight, given, prompt.frames)
 
     @property
     def alive(self) -> list[Tensor]:
@@ -261,6 +257,8 @@ class Prefill:
                 kept=position[kept],
                 merge=_translate(merge, position),
                 step=place.step.number,
+                length=self._sequence.end,
+                group=self._group,
             )
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.masking_utils import causal_mask_function
 from tokenprune.engine.cache import (
     CACHE_NAME,
     CACHE_NAMES,
+    adopt,
     cache_among,
     check_cache,
     new_cache,
@@ -22,7 +24,9 @@ from tokenprune.engine.cache import (
 from tokenprune.engine.encoders import EncoderCalls
 from tokenprune.engine.forward import Forward
 from tokenprune.engine.labels import LogitRows
+from tokenprune.engine.laid import LaidPrompt, parts_of
 from tokenprune.engine.masks import LazyMask, base_attention, mask_for_kernel
+from tokenprune.engine.parts import PartedPrompt, PartsDone, check_parted, cut_call
 from tokenprune.engine.probe import Probe
 from tokenprune.engine.prompt import Given, Prompt
 from tokenprune.engine.rows import Attended
@@ -60,6 +64,7 @@ class Run:
         self._kernel = str(self._config._attn_implementation)
         self._prompt: dict[str, Any] = {}
         self._started: Mark | None = None
+        self._parted: PartedPrompt | None = None
         self.report = report
         self.encoders = EncoderCalls(schedule, report)
         self.logits = LogitRows(adapter)
@@ -106,11 +111,75 @@ class Run:
         if cache is None and acts and kwargs.get("attention_mask") is None:
             # Without cache and mask transformers takes gaps in positions for packed sequences.
             kwargs["attention_mask"] = hidden.new_ones(batch, length, dtype=torch.int64)
-        self.forward = None
-        self.forward = Forward(self._schedule, cache, batch, length, hidden.device, self._given)
+        self.forward = self._parted = None
+        past = 0 if cache is None else adopt(cache, self._schedule.adapter.shape.layers).end
+        prompt = self._media_prompt(length, hidden.device)
+        laid = None if prompt is None else LaidPrompt.of(self._schedule, prompt, past)
         self._started = Mark(self._lm)
-        self.forward.begin(kwargs, self._media_prompt(length, hidden.device))
+        if laid is not None and self._schedule.group is not None:
+            bounds = parts_of(laid, self._schedule.group, self._schedule.adapter, past)
+            if len(bounds) > 1:
+                check_parted(kwargs, cached=cache is not None)
+                self._parted = PartedPrompt(laid, bounds)
+                return (), kwargs
+        self._begin(self._schedule, self._given, kwargs, laid)
         return (), kwargs
+
+    def _begin(
+        self, schedule: Schedule, given: Given, kwargs: dict[str, Any], laid: LaidPrompt | None
+    ) -> Forward:
+        """Begin a forward of the language model with these arguments."""
+        hidden, cache = kwargs["inputs_embeds"], kwargs[CACHE_NAME]
+        batch, length = hidden.shape[:2]
+        self.forward = Forward(schedule, cache, batch, length, hidden.device, given)
+        self.forward.begin(kwargs, laid)
+        return self.forward
+
+    def in_parts(self, forward: Any) -> Any:
+        """The language model's forward, which prefills a prompt in groups part by part."""
+
+        @functools.wraps(forward)
+        def parted(*args: Any, **kwargs: Any) -> Any:
+            prompt, self._parted = self._parted, None
+            if prompt is None:
+                return forward(*args, **kwargs)
+            return self._prefill_parts(forward, prompt, kwargs)
+
+        return parted
+
+    def _prefill_parts(self, forward: Any, prompt: PartedPrompt, kwargs: dict[str, Any]) -> Any:
+        sequence = adopt(kwargs[CACHE_NAME], self._schedule.adapter.shape.layers)
+        done = PartsDone(prompt, sequence, self.logits.wanted)
+        past, started = sequence.end, self._started
+        output: Any = None
+        try:
+            for number, (start, stop) in enumerate(prompt.bounds):
+                given = replace(
+                    self._given,
+                    continues=self._given.continues or number > 0,
+                    more=self._given.more or number + 1 < len(prompt.bounds),
+                )
+                schedule = self._schedule
+                schedule = schedule.before_question if given.more else schedule.with_question
+                cut = cut_call(kwargs, start, stop, past)
+                part = self._begin(schedule, given, cut, prompt.laid.part(start, stop, number))
+                output = forward(**cut)
+                call = part.finish()
+                assert call is not None, "every part is one of a prompt with media"
+                sequence.stop()
+                done.add(call, part.flight, output[0])
+        except BaseException:
+            done.abandon()
+            raise
+        self.forward = None
+        call = done.join(self._given.continues)
+        assert started is not None
+        self.report.prefill(call, started, Mark(self._lm))
+        self.logits.prefilled(done.flight(), call)
+        if isinstance(output, tuple):
+            return (done.hidden(), *output[1:])
+        output.last_hidden_state = done.hidden()
+        return output
 
     def _cache_of(self, kwargs: dict[str, Any]) -> Cache | None:
         """The cache that the language model is given, or would make for itself."""
@@ -173,7 +242,7 @@ class Run:
             return None
         entering = args[0] if args else kwargs["hidden_states"]
         probing = None
-        if self._schedule.probed(number, narrowed=False):
+        if forward.schedule.probed(number, narrowed=False):
             cut = forward.cut_arguments(args, kwargs)
             probing = functools.partial(self._probe_layer, forward, number, module, entering, *cut)
         hidden = forward.enter_layer(number, entering, probing)
@@ -182,7 +251,7 @@ class Run:
         elif hidden is not None:
             kwargs = {**kwargs, "hidden_states": hidden}
         args, kwargs = forward.cut_arguments(args, kwargs)
-        if self._schedule.probed(number, narrowed=True):
+        if forward.schedule.probed(number, narrowed=True):
             entering = entering if hidden is None else hidden
             given = number, module, entering, args, kwargs
             forward.probe_layer(number, functools.partial(self._probe_layer, forward, *given))
@@ -271,7 +340,7 @@ class Run:
         kwargs.pop("position_ids", None)
         output = base_attention(name, module)(module, query, key, value, mask, **kwargs)
         number = module.layer_idx
-        if self._schedule.watches(number):
+        if forward.schedule.watches(number):
             stored = (
                 (key, value, keys) if layer is None else (layer.keys, layer.values, layer.index)
             )

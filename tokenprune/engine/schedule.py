@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from tokenprune.adapters.base import Adapter
+from tokenprune.core.group import Group
 from tokenprune.core.layout import Modality
 from tokenprune.core.recipe import Recipe, Step
 from tokenprune.core.signal import (
@@ -50,10 +52,12 @@ class Schedule:
         adapter: Of the model.
         steps: All of them, in the order of the recipe.
         compact: Whether what is left of the input is numbered anew.
+        group: How much of a prompt is prefilled at once; None for all of it.
         encoder: Signals of the encoder, with the modalities they are wanted of.
         input: Steps on the embeddings.
         layer: Steps on the hidden states that enter a layer, by the layer's number.
         cache: Steps on the caches of layers, right after their attention.
+        whole: Steps on caches that come with the last part of a prompt, and see all parts.
         after_prefill: Steps on caches once a prompt is there.
         decode: Steps on caches while tokens are generated.
         keeps_input: Whether what enters the language model is needed later.
@@ -61,14 +65,22 @@ class Schedule:
         given: Signals that the caller has to give.
     """
 
-    def __init__(self, adapter: Adapter, steps: Iterable[Step], compact: bool = False) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        steps: Iterable[Step],
+        compact: bool = False,
+        group: Group | None = None,
+    ) -> None:
         self.adapter = adapter
         self.steps = tuple(steps)
         self.compact = compact
+        self.group = group
         self.input = [step for step in self.steps if isinstance(step.stage.site, Input)]
         self.cache = list(self._after("layer"))
         self.after_prefill = list(self._after("prefill"))
         self.decode = list(self._after("decode"))
+        self.whole: list[Step] = []
         self.layer: dict[int, list[Step]] = {}
         self.encoder: dict[EncoderSignal, frozenset[Modality]] = {}
         self.given: dict[Question | Frames, str] = {}
@@ -90,10 +102,24 @@ class Schedule:
             if isinstance(site, Cache) and site.after == when:
                 yield step
 
+    @cached_property
+    def before_question(self) -> Schedule:
+        """The schedule of a part of a prompt that others follow: without what asks for the text."""
+        steps = [step for step in self.steps if not step.stage.text_dependent]
+        return Schedule(self.adapter, steps)
+
+    @cached_property
+    def with_question(self) -> Schedule:
+        """The schedule of the last part: what asks for the text at caches sees all parts."""
+        schedule = Schedule(self.adapter, self.steps)
+        schedule.whole = [step for step in schedule.cache if step.stage.text_dependent]
+        schedule.cache = [step for step in schedule.cache if not step.stage.text_dependent]
+        return schedule
+
     @property
     def on_caches(self) -> bool:
         """Whether any stage acts on caches."""
-        return bool(self.cache or self.after_prefill or self.decode)
+        return bool(self.cache or self.whole or self.prunes_later)
 
     @property
     def prunes_later(self) -> bool:
@@ -102,7 +128,7 @@ class Schedule:
 
     def watches(self, layer: int) -> bool:
         """Whether anything is collected, now or later, when a layer attends."""
-        return layer in self._attended or self.prunes_later
+        return layer in self._attended or self.prunes_later or bool(self.whole)
 
     def cache_steps(self, layer: int) -> list[Step]:
         """Steps on the cache of one layer, right after its attention."""
@@ -206,7 +232,13 @@ def make_schedule(adapter: Adapter, recipe: Recipe, positions: str) -> Schedule:
             f"positions='compact' needs one-dimensional positions, but {kind} counts time, "
             "row and column; use positions='original'"
         )
-    return Schedule(adapter, steps, compact=positions == "compact")
+    group = recipe.group
+    if positions == "compact" and group is not None:
+        raise RecipeError(
+            f"positions='compact' numbers a whole prompt, but {str(recipe)!r} prefills groups of "
+            f"{group}; use positions='original'"
+        )
+    return Schedule(adapter, steps, compact=positions == "compact", group=group)
 
 
 def _check_towers(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tokenprune.methods.baselines import Random, Uniform
     from tokenprune.methods.divprune import DivPrune
     from tokenprune.methods.fastv import FastV
+    from tokenprune.methods.groups import Groups
     from tokenprune.methods.knorm import Knorm
     from tokenprune.methods.plphp import PLPHP
     from tokenprune.methods.pyramiddrop import PyramidDrop
@@ -24,6 +25,7 @@ __all__ = [
     "PLPHP",
     "DivPrune",
     "FastV",
+    "Groups",
     "Knorm",
     "PyramidDrop",
     "Random",
@@ -37,6 +39,7 @@ _MODULES = {
     "PLPHP": "plphp",
     "DivPrune": "divprune",
     "FastV": "fastv",
+    "Groups": "groups",
     "Knorm": "knorm",
     "PyramidDrop": "pyramiddrop",
     "Random": "baselines",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from tokenprune.adapters.base import Adapter, MediaCall
+from tokenprune.core.group import Group
 from tokenprune.core.recipe import Step
 from tokenprune.engine.cache import adopt, new_cache
 from tokenprune.engine.forward import Forward
+from tokenprune.engine.laid import LaidPrompt, parts_of
+from tokenprune.engine.parts import PartedPrompt, PartsDone
 from tokenprune.engine.prompt import Given
 from tokenprune.engine.prompt import Prompt as MediaPrompt
 from tokenprune.engine.schedule import Schedule
@@ -39,6 +42,8 @@ class Prompt:
         calls: The encoder calls that the model will make.
         frame_seconds: When frames are shown, as `lay_out` takes it.
         takes_back: Tokens at the end of the prompt before it that are forgotten for this one.
+        continues: Whether its clip goes on with that of the prompt before.
+        more: Whether another prompt goes on with its clip, or asks about it.
     """
 
     adapter: Adapter
@@ -46,6 +51,8 @@ class Prompt:
     calls: list[MediaCall]
     frame_seconds: list[Tensor] | None = None
     takes_back: int = 0
+    continues: bool = False
+    more: bool = False
 
     @classmethod
     def of(
@@ -102,16 +109,18 @@ class Forecast:
     exact: list[bool]
 
 
-def forecast(prompt: Prompt, steps: Sequence[Step]) -> Forecast:
+def forecast(prompt: Prompt, steps: Sequence[Step], group: Group | None = None) -> Forecast:
     """Run the stages of a recipe on a prompt without content.
 
     Raises:
         TokenPruneError: As the prefill would.
     """
-    return forecast_all([prompt], steps)[0]
+    return forecast_all([prompt], steps, group)[0]
 
 
-def forecast_all(prompts: Sequence[Prompt], steps: Sequence[Step]) -> list[Forecast]:
+def forecast_all(
+    prompts: Sequence[Prompt], steps: Sequence[Step], group: Group | None = None
+) -> list[Forecast]:
     """Run the stages of a recipe on prompts that follow each other in one cache.
 
     Raises:
@@ -120,41 +129,68 @@ def forecast_all(prompts: Sequence[Prompt], steps: Sequence[Step]) -> list[Forec
     config: Any = prompts[0].adapter.language_model.config
     stored = new_cache(config)
     adopt(stored, prompts[0].adapter.shape.layers)
-    return [_forecast(prompt, steps, stored) for prompt in prompts]
+    return [_forecast(prompt, steps, stored, group) for prompt in prompts]
 
 
-def _forecast(prompt: Prompt, steps: Sequence[Step], stored: Cache) -> Forecast:
+def _forecast(
+    prompt: Prompt, steps: Sequence[Step], stored: Cache, group: Group | None
+) -> Forecast:
     adapter, ids = prompt.adapter, prompt.inputs["input_ids"]
-    length = ids.shape[1]
     known = Known()
     blank = [BlankStage(step.stage, known) for step in steps]
     if prompt.takes_back:
         stored.crop(-prompt.takes_back)
     earlier = [_indices(layer) for layer in stored.layers]
     numbered = [Step(step.number, one) for step, one in zip(steps, blank, strict=True)]
-    forward = Forward(Schedule(adapter, numbered), stored, 1, length, ids.device)
-    hidden = torch.zeros(1, length, 0)
-    given = Given(frame_seconds=prompt.frame_seconds)
+    schedule = Schedule(adapter, numbered, group=group)
+    given = Given(frame_seconds=prompt.frame_seconds, continues=prompt.continues, more=prompt.more)
+    past = adopt(stored, adapter.shape.layers).end
     media = MediaPrompt(ids, prompt.calls, prompt.inputs, given)
-    forward.begin({"inputs_embeds": hidden}, media)
-    rows = []
+    laid = LaidPrompt.of(schedule, media, past)
+    bounds = parts_of(laid, group, adapter, past)
+    done = PartsDone(PartedPrompt(laid, bounds), adopt(stored, adapter.shape.layers), 1)
+    rows: list[list[Tensor]] = [[] for _ in stored.layers]
+    call: Call | None = None
+    for number, (start, stop) in enumerate(bounds):
+        part, acting = laid, schedule
+        if len(bounds) > 1:
+            last = number + 1 == len(bounds) and not given.more
+            acting = schedule.with_question if last else schedule.before_question
+            part = laid.part(start, stop, number)
+            given = replace(given, continues=number > 0 or prompt.continues, more=not last)
+        forward = Forward(acting, stored, 1, stop - start, ids.device, given)
+        call = _prefill(forward, part, stored, known, rows)
+        done.add(call, forward.flight, torch.zeros(1, 1, 0))
+    if len(bounds) > 1:
+        call = done.join(prompt.continues)
+    assert call is not None
+    width = adapter.shape.head_width * adapter.model.dtype.itemsize
+    call.kv_bytes_before *= width
+    call.kv_bytes_after *= width
+    means, exact = [one.mean for one in blank], [one.exact for one in blank]
+    return Forecast(call, [torch.cat(one) for one in rows], earlier, means, exact)
+
+
+def _prefill(
+    forward: Forward, part: LaidPrompt, stored: Cache, known: Known, rows: list[list[Tensor]]
+) -> Call:
+    """Run one part of a prompt; the rows in each layer are added to `rows`."""
+    hidden = torch.zeros(1, part.length, 0)
+    forward.begin({"inputs_embeds": hidden}, part)
+    heads = forward.schedule.adapter.shape.kv_heads
     for number, layer in enumerate(stored.layers):
         narrowed = forward.enter_layer(number, hidden)
         hidden = hidden if narrowed is None else narrowed
-        rows.append(forward.flight.rows[0])
+        rows[number].append(forward.flight.rows[0])
         # One byte for each key and each value: what is really stored is counted, then scaled.
-        entries = torch.zeros(1, adapter.shape.kv_heads, len(rows[-1]), 1, dtype=torch.uint8)
+        entries = torch.zeros(1, heads, len(rows[number][-1]), 1, dtype=torch.uint8)
         layer.update(entries, entries)
         with known.unchanged():  # the next layer's cache starts from the same tokens
             forward.after_attention(number, layer)
     call = forward.finish()
     assert call is not None
     forward.sequence.stop()
-    width = adapter.shape.head_width * adapter.model.dtype.itemsize
-    call.kv_bytes_before *= width
-    call.kv_bytes_after *= width
-    means, exact = [one.mean for one in blank], [one.exact for one in blank]
-    return Forecast(call, rows, earlier, means, exact)
+    return call
 
 
 def _indices(layer: Any) -> Tensor:

@@ -79,7 +79,8 @@ def prompts_in_groups(
         tokens = _write(script, part, opening=first == 0)
         inputs = {"input_ids": tokens.ids, **tokens.types, **tokens.media}
         prompt = Prompt.of(loaded.adapter, inputs, loaded.frame_seconds(part))
-        prompts.append(replace(prompt, takes_back=script.end_tokens if first else 0))
+        takes_back = script.end_tokens if first else 0
+        prompts.append(replace(prompt, takes_back=takes_back, continues=first > 0, more=True))
     asked = script.suffix(question)
     prompts.append(Prompt(loaded.adapter, {"input_ids": asked.ids, **asked.types}, []))
     return prompts, len(video.frames)

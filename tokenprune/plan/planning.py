@@ -171,7 +171,9 @@ def _plan(
     by_content: bool = False,
 ) -> Plan:
     """The plan of prompts that follow each other."""
-    walks = [forecast_all(prompts, acting[:count]) for count in range(len(acting) + 1)]
+    walks = [
+        forecast_all(prompts, acting[:count], recipe.group) for count in range(len(acting) + 1)
+    ]
     first, last = walks[0], walks[-1]
     exact = [all(sure) for sure in zip(*(one.exact for one in last), strict=True)]
     uncertain = [step.stage.name for step, sure in zip(acting, exact, strict=True) if not sure]

@@ -74,4 +74,6 @@ def _site(text: str) -> Site:
 
 
 _LAYER = "layer "
-_SITES: dict[str, Site] = {str(site): site for site in (Input(), Cache())}
+_SITES: dict[str, Site] = {
+    str(site): site for site in (Input(), Cache(), Cache(after="prefill"), Cache(after="decode"))
+}

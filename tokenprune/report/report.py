@@ -73,6 +73,8 @@ class Call:
         kv_bytes_before: Bytes that the unpruned cache takes.
         kv_bytes_after: Bytes that the cache takes, measured on its tensors.
         warnings: What the user should know.
+        groups: For each sample `[N]` int64, the group in which each media token was prefilled; None
+            if the prompt was prefilled whole.
         logit_rows: `[B, Q]` int64, which token of the unpruned sequence each row of the model's
             logits is of, -1 for holes. The row of token `p` predicts token `p + 1`.
     """
@@ -84,6 +86,7 @@ class Call:
     kv_bytes_before: int = 0
     kv_bytes_after: int = 0
     warnings: list[str] = field(default_factory=list)
+    groups: list[Tensor] | None = None
     logit_rows: Tensor | None = None
 
     @property
@@ -98,18 +101,30 @@ class Call:
 
     def _per_site(self) -> dict[Site, float]:
         """Tokens left after each site, exact; at caches the mean over layers and heads."""
-        last: dict[Site, dict[tuple[int, int], int]] = {}
+        last: dict[Site, dict[tuple[int, int], dict[int | None, int]]] = {}
         for decision in self.decisions:
-            # Stages at the caches of different layers are one site in the path of a token.
-            site = Cache() if isinstance(decision.site, Cache) else decision.site
+            site = decision.site
+            if isinstance(site, Cache):
+                # Stages at the caches of different layers are one site in the path of a token.
+                site = Cache(after=site.after)
             place = decision.sample, decision.layer
-            last.setdefault(site, {})[place] = decision.kept.shape[-1]
+            kept = last.setdefault(site, {}).setdefault(place, {})
+            kept[decision.group] = decision.kept.shape[-1]
         # In the order in which a token meets the sites, caches last.
-        last = dict(sorted(last.items(), key=lambda one: (one[0] == Cache(), min(one[1])[1])))
+        order = {"layer": 1, "prefill": 2, "decode": 3}
+        last = dict(
+            sorted(
+                last.items(),
+                key=lambda one: (
+                    order[one[0].after] if isinstance(one[0], Cache) else 0,
+                    min(one[1])[1],
+                ),
+            )
+        )
         return {
-            site: round(sum(kept.values()) * len(self.layouts) / len(kept), 2)
-            if site == Cache()
-            else sum(kept.values())
+            site: round(_sum(kept) * len(self.layouts) / len(kept), 2)
+            if isinstance(site, Cache)
+            else _sum(kept)
             for site, kept in last.items()
         }
 
@@ -132,11 +147,19 @@ class Call:
                 if decision.kept.ndim == 1
                 else decision.kept.cpu()
             )
+            kept = kept[:, torch.isin(kept[0], layout.position)] if decision.of_sequence else kept
             rows = torch.searchsorted(layout.position, kept.contiguous())
-            mask = torch.zeros(heads, len(layout)).scatter_(1, rows, 1.0)
+            mask = torch.zeros(heads, len(layout))
+            if decision.group is not None and self.groups is not None:
+                mask[:, self.groups[sample] != decision.group] = 1.0  # it chose from others
+            mask = mask.scatter_(1, rows, 1.0)
             at_cache = isinstance(decision.site, Cache)
             held[decision.layer : decision.layer + 1 if at_cache else None] *= mask
         return held.mean(dim=(0, 1))
+
+
+def _sum(kept: dict[tuple[int, int], dict[int | None, int]]) -> int:
+    return sum(sum(groups.values()) for groups in kept.values())
 
 
 class Report:
