@@ -155,6 +155,8 @@ class Adapter(ABC):
     """Whether audio of a clip is interleaved with its frames (`use_audio_in_video`)."""
     seconds_name: ClassVar[str | None] = None
     """The model's argument for the seconds between frames; None if there is none."""
+    sees_ahead: ClassVar[bool] = False
+    """Whether the tokens of an image attend to those of it that come later."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -182,8 +184,7 @@ class Adapter(ABC):
         """The decoder stack, with its `layers`."""
         decoder: Any = self.model.get_decoder()
         # In older releases of transformers some families name the outer model.
-        found: nn.Module = decoder if hasattr(decoder, "layers") else decoder.model
-        return found
+        return decoder if hasattr(decoder, "layers") else decoder.model  # type: ignore[no-any-return]
 
     @property
     def base_model(self) -> nn.Module:
@@ -209,7 +210,8 @@ class Adapter(ABC):
     @property
     def pictures_per_frame(self) -> int:
         """Pictures of a clip that the model makes one frame of."""
-        return getattr(getattr(self.config, "vision_config", None), "temporal_patch_size", 1)
+        vision = getattr(self.config, "vision_config", None)
+        return int(getattr(vision, "temporal_patch_size", 1))
 
     def token_ids(self) -> dict[Modality, int]:
         """The placeholder token of each modality."""
@@ -283,10 +285,7 @@ class Adapter(ABC):
         return None
 
     def view_lengths(self, call: MediaCall) -> list[int] | None:
-        """Patches of each view, where a tower concatenates views and attention has no boundaries.
-
-        None where views are batched, or attention is given their boundaries.
-        """
+        """Patches of each view, where views are concatenated and attention has no boundaries."""
         return None
 
     def padding(self, call: MediaCall) -> Tensor | None:

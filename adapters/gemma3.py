@@ -24,6 +24,7 @@ class Gemma3(Llava):
 
     model_types = ("gemma3",)
     modalities: ClassVar[tuple[Modality, ...]] = ("image",)
+    sees_ahead = True
 
     def items(self, call: MediaCall, prompt: dict[str, Any]) -> list[Item]:
         side = self._tokens_a_side()

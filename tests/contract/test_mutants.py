@@ -18,27 +18,42 @@ import torch
 from tests.adapters import test_adapters
 from tests.contract import test_context as context
 from tests.contract import test_contracts as contracts
+from tests.contract import test_groups as groups
+from tests.contract import test_late as late
 from tests.contract import test_signals as signals
 from tests.contract import test_stages as stages
 from tests.contract.cases import EVERYWHERE
 from tests.contract.harness import forget_pruned_runs
+from tests.engine import test_sequence as sequences
 from tokenprune.adapters.base import Item
 from tokenprune.adapters.llava_next import LlavaNext
 from tokenprune.adapters.qwen2_5_vl import Qwen2_5VL
 from tokenprune.core import budget
 from tokenprune.core.signal import Hidden
-from tokenprune.core.site import Layer
-from tokenprune.engine import deepstack, flight, forward, hooks, prefill, rows, run
+from tokenprune.core.site import Cache, Layer
+from tokenprune.engine import (
+    deepstack,
+    entries,
+    flight,
+    forward,
+    hooks,
+    parts,
+    prefill,
+    rows,
+    run,
+)
 from tokenprune.engine import patch as patching
 from tokenprune.engine import signals as collecting
 from tokenprune.engine.cache import PrunedLayer
 from tokenprune.engine.deepstack import DeepStack
+from tokenprune.engine.entries import Entries
 from tokenprune.engine.flight import Flight
 from tokenprune.engine.forward import Forward
 from tokenprune.engine.masks import LazyMask
 from tokenprune.engine.prefill import Prefill
 from tokenprune.engine.run import Run
 from tokenprune.engine.schedule import Schedule
+from tokenprune.engine.sequence import Sequence
 from tokenprune.engine.signals import Collector
 from tokenprune.engine.views import StreamedView
 from tokenprune.methods import baselines
@@ -103,13 +118,13 @@ def _cut_elsewhere(patch: pytest.MonkeyPatch, other: Callable[[Any, int], Any]) 
 
 @caught_by(contracts.test_compact_positions_match_the_oracle, "llava", INPUT, "alone")
 def compact_shift_forgotten_in_decoding(patch: pytest.MonkeyPatch) -> None:
-    original = Forward._renumber
+    original = forward.compact_positions
 
-    def faulty(self: Forward, kwargs: Any, tokens: Any) -> None:
+    def faulty(kwargs: Any, flight: Any, sequence: Any, tokens: Any, compact: bool) -> None:
         if tokens is not None:
-            original(self, kwargs, tokens)
+            original(kwargs, flight, sequence, tokens, compact)
 
-    patch.setattr(Forward, "_renumber", faulty)
+    patch.setattr(forward, "compact_positions", faulty)
 
 
 # -- masks
@@ -186,7 +201,7 @@ def holes_are_seen(patch: pytest.MonkeyPatch) -> None:
 def holes_on_the_right(patch: pytest.MonkeyPatch) -> None:
     """Right padding: the last row of the shorter sample is no token."""
 
-    def faulty(rows: list[Any]) -> Any:
+    def faulty(rows: list[Any], least: int = 0) -> Any:
         longest = max(row.shape[-1] for row in rows)
         return torch.stack(
             [torch.nn.functional.pad(row, (0, longest - row.shape[-1]), value=-1) for row in rows]
@@ -613,6 +628,93 @@ def hooks_stay_after_an_exception(patch: pytest.MonkeyPatch) -> Callable[[], Non
     return clean
 
 
+# -- later stages, and groups
+
+
+@caught_by(late.test_what_the_last_pruning_left_can_be_cleaned_up, "llava_onevision", "alone")
+def everything_is_called_alive(patch: pytest.MonkeyPatch) -> None:
+    """What went through all layers is taken from before they ran."""
+    patch.setattr(
+        "tokenprune.engine.prompt.Sample.mask", lambda self: torch.ones(len(self.layout)).bool()
+    )
+
+
+@caught_by(
+    late.test_stages_after_prefill_match_the_oracle,
+    "llava_onevision", "alone", late.SEEN[1], late.BEFORE[1],
+)  # fmt: skip
+def late_columns_of_the_first_head(patch: pytest.MonkeyPatch) -> None:
+    """All heads keep the columns that the first one stores the kept tokens at."""
+    original = Entries._columns
+
+    def faulty(self: Entries, sample: Any, kept: Any) -> Any:
+        found = original(self, sample, kept)
+        return found[:1].expand_as(found)
+
+    patch.setattr(Entries, "_columns", faulty)
+
+
+@caught_by(
+    late.test_stages_while_decoding_match_the_oracle, "llava_onevision", "alone", late.SINCE[0], 3
+)
+def a_decision_a_step_late(patch: pytest.MonkeyPatch) -> None:
+    original = forward._is_due
+    patch.setattr(forward, "_is_due", lambda step, decoded: original(step, decoded - 1))
+
+
+@caught_by(late.test_candidates_are_of_all_prompts, "llava", Cache(after="prefill"))
+def candidates_of_the_last_prompt_alone(patch: pytest.MonkeyPatch) -> None:
+    original = entries.join_layouts
+
+    def faulty(prompts: Any, sample: int) -> Any:
+        return original(prompts[-1:], sample)
+
+    patch.setattr("tokenprune.engine.late.join_layouts", faulty)
+
+
+@caught_by(
+    groups.test_pruned_groups_match_the_oracle,
+    "llava_onevision", groups.RECIPES[1], groups.SIZES[0], "sdpa",
+)  # fmt: skip
+def a_group_boundary_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    """Positions of a group are those of the tokens before its own."""
+    original = parts.cut_call
+
+    def faulty(kwargs: Any, start: int, stop: int, past: int) -> Any:
+        cut = original(kwargs, start, stop, past)
+        if start > past and cut.get("position_ids") is not None:
+            cut["position_ids"] = cut["position_ids"] - 1
+        elif start > past:
+            cut["inputs_embeds"] = kwargs["inputs_embeds"][:, start - past - 1 : stop - past - 1]
+        return cut
+
+    patch.setattr(run, "cut_call", faulty)
+
+
+@caught_by(
+    groups.test_pruned_groups_match_the_oracle,
+    "llava_onevision", groups.RECIPES[3], groups.SIZES[0], "sdpa",
+)  # fmt: skip
+def what_asks_for_the_text_sees_the_last_group_alone(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        Schedule,
+        "with_question",
+        property(lambda self: Schedule(self.adapter, self.steps)),
+    )
+
+
+@caught_by(sequences.test_a_bookmark_takes_state_and_prompts_back)
+def state_not_rolled_back(patch: pytest.MonkeyPatch) -> None:
+    original = Sequence.restore
+
+    def faulty(self: Sequence, snapshot: Any) -> None:
+        state = getattr(self, "state", {})
+        original(self, snapshot)
+        self.state = state
+
+    patch.setattr(Sequence, "restore", faulty)
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fault, check = MUTANTS[name]
@@ -630,4 +732,4 @@ def test_mutant_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_are_enough_mutants() -> None:
-    assert len(MUTANTS) >= 24
+    assert len(MUTANTS) >= 40

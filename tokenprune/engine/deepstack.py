@@ -63,7 +63,7 @@ class DeepStack:
             hidden: `[B, Q, D]`.
             source: `[B, Q]` indices into the input, -1 for holes; None if all of it is there.
         """
-        if layer >= len(self.features):
+        if layer >= len(self.features) or not len(self.features[layer]):
             return hidden
         row = self.row
         if source is not None:

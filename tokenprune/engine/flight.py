@@ -48,9 +48,8 @@ class Flight:
             `[B, Q']`, where each new hidden state is among the present ones; -1 for holes.
         """
         # No layer can be called with nothing: a hole goes on where no token does.
-        least = 1
-        gather = pad_left([self.locate(b, kept) for b, kept in enumerate(tokens)], least)
-        self.source = pad_left(tokens, least)
+        gather = pad_left([self.locate(b, kept) for b, kept in enumerate(tokens)], least=1)
+        self.source = pad_left(tokens, least=1)
         self.rows = torch.where(self.source >= 0, self.source + self.past, -1)
         self.holes = len({len(kept) for kept in tokens} | {self.rows.shape[1]}) > 1
         self._tokens = tokens

@@ -14,23 +14,23 @@ from tokenprune.core.recipe import Step
 from tokenprune.core.selection import Merge
 from tokenprune.core.signal import Attention
 from tokenprune.core.site import Cache as CacheSite
+from tokenprune.engine.arguments import ArgumentCut, compact_positions
 from tokenprune.engine.cache import PrunedLayer, adopt, cache_bytes, full_cache_bytes
 from tokenprune.engine.deepstack import DeepStack, absorb_
 from tokenprune.engine.entries import count_entries
 from tokenprune.engine.flight import Flight
 from tokenprune.engine.laid import LaidPrompt
 from tokenprune.engine.late import LateStages, remember_query
-from tokenprune.engine.masks import LazyMask
+from tokenprune.engine.masks import padding_of
 from tokenprune.engine.prefill import Prefill
 from tokenprune.engine.prompt import Given, Sample
 from tokenprune.engine.rows import Attended
 from tokenprune.engine.schedule import Schedule
 from tokenprune.engine.sequence import Prefilled, Sequence
 from tokenprune.engine.signals import Probing
-from tokenprune.errors import RecipeError
 from tokenprune.report.report import Call
 
-__all__ = ["Forward", "padding_of"]
+__all__ = ["Forward"]
 
 
 class Forward:
@@ -74,7 +74,6 @@ class Forward:
         self._late: LateStages | None = None
         self._deepstack: DeepStack | None = None
         self._narrows_at_once = False
-        self._cut: dict[int, Any] = {}
         self.sequence.end += length
         self._show_rows()
 
@@ -92,7 +91,7 @@ class Forward:
             self._deepstack = DeepStack.taken_from(kwargs)
         if prompt is None:
             self._begin_late(len(kwargs["inputs_embeds"]))
-            self._renumber(kwargs, None)
+            compact_positions(kwargs, self.flight, self.sequence, None, self.schedule.compact)
             return
         real = padding_of(kwargs.get("attention_mask"))
         if real is not None:
@@ -111,7 +110,8 @@ class Forward:
         prefill.signals.enter_model(hidden)
         # Rows leave where the first layer begins: the model's own code before it sees all of them.
         self._narrows_at_once = prefill.has_changed(before)
-        self._renumber(kwargs, prefill.tokens() if self._narrows_at_once else None)
+        tokens = prefill.tokens() if self._narrows_at_once else None
+        compact_positions(kwargs, self.flight, self.sequence, tokens, self.schedule.compact)
 
     def _hold(self, prefill: Prefill) -> None:
         """Let the sequence hold a prompt: of all its tokens, until layers have let some go."""
@@ -275,36 +275,13 @@ class Forward:
 
     def cut_arguments(self, args: Any, kwargs: dict[str, Any]) -> Any:
         """Cut what the model's loop still passes at full length down to the rows in flight."""
-        source, length = self.flight.source, self.flight.length
-        if source is None:
-            return args, kwargs
-
-        def cut(value: Any, dim: int) -> Any:
-            if id(value) not in self._cut:  # once a narrowing, not once a layer
-                several = value if isinstance(value, tuple) else (value,)
-                short = tuple(take(one, source, dim % one.ndim) for one in several)
-                self._cut[id(value)] = (value, short if several is value else short[0])
-            return self._cut[id(value)][1]
-
-        kwargs = dict(kwargs)
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = cut(kwargs["position_ids"], -1)
-        if kwargs.get("position_embeddings") is not None:
-            # [B, N, d]; older releases keep those of time, row and column apart: [3, B, N, d].
-            kwargs["position_embeddings"] = cut(kwargs["position_embeddings"], -2)
-        rest = tuple(
-            cut(one, 1)
-            if isinstance(one, Tensor) and one.ndim > 1 and one.shape[1] == length
-            else one
-            for one in args[1:]
-        )
-        return (*args[:1], *rest), kwargs
+        return self._cut.cut(args, kwargs)
 
     # -- how
 
     def _show_rows(self) -> None:
         self.sequence.rows, self.sequence.holes = self.flight.rows, self.flight.holes
-        self._cut = {}
+        self._cut = ArgumentCut(self.flight)
 
     def _merge(self, hidden: Tensor, merges: list[tuple[Sample, Merge]]) -> Tensor:
         """New hidden states in which targets have absorbed their sources, DeepStack included."""
@@ -321,34 +298,6 @@ class Forward:
             if self._deepstack is not None:  # what the layers to come add
                 self._deepstack.absorb_(sample.number, source, target, merge.weight)
         return hidden
-
-    def _renumber(self, kwargs: dict[str, Any], tokens: list[Tensor] | None) -> None:
-        """Compact positions: what is left counts without gaps."""
-        if not self.schedule.compact:
-            return
-        flight, sequence = self.flight, self.sequence
-        batch, length = flight.rows.shape
-        device = flight.rows.device
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = flight.rows
-        if positions.ndim != 2:
-            raise RecipeError(
-                "positions='compact' needs one-dimensional positions; use positions='original'"
-            )
-        if sequence.shift is None:
-            sequence.shift = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        positions = positions.to(device).expand(batch, length) - sequence.shift
-        if tokens is not None:
-            gone = torch.ones(batch, length, dtype=torch.int64, device=device)
-            for number, kept in enumerate(tokens):
-                gone[number, kept] = 0
-            real = padding_of(kwargs.get("attention_mask"))
-            if real is not None:  # padding never counted
-                gone = gone * real[:, flight.past : flight.past + length].to(device)
-            positions = positions - (gone.cumsum(1) - gone)  # [B, S]
-            sequence.shift = sequence.shift + gone.sum(1, keepdim=True)
-        kwargs["position_ids"] = positions
 
     def _prune_cache(self, prefill: Prefill, number: int, layer: PrunedLayer) -> None:
         steps = self.schedule.cache_steps(number)
@@ -369,14 +318,3 @@ class Forward:
 def _is_due(step: Step, decoded: int) -> bool:
     site = step.stage.site
     return isinstance(site, CacheSite) and decoded % site.every == 0
-
-
-def padding_of(mask: Any) -> Tensor | None:
-    """`[B, N]` bool, False at padding, from what a model is given as its attention mask."""
-    if isinstance(mask, dict):
-        mask = next((one for one in mask.values() if isinstance(one, LazyMask)), None)
-    if isinstance(mask, LazyMask):
-        return mask.padding
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return None if bool(mask.all()) else mask.bool()
-    return None

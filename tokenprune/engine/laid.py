@@ -17,9 +17,9 @@ from tokenprune.engine.maps import EncoderMaps
 from tokenprune.engine.pictures import deal_frames
 from tokenprune.engine.prompt import Prompt
 from tokenprune.engine.schedule import Schedule
-from tokenprune.errors import RecipeError
+from tokenprune.errors import RecipeError, UnsupportedModelError
 
-__all__ = ["LaidPrompt", "parts_of"]
+__all__ = ["LaidPrompt", "holds_media", "parts_of"]
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,12 @@ def parts_of(
     What stands between two groups goes with the later one, and what follows the last with it.
 
     Raises:
-        RecipeError: The samples of a batch would be cut at different places, or a group is none.
+        RecipeError: The samples of a batch would be cut at different places, or images in two.
     """
     whole = [(past, past + laid.length)]
     if group is None:
         return whole
-    cuts = [_cuts(layout, group, adapter.pictures_per_frame) for layout in laid.layouts]
+    cuts = [_cuts(layout, group, adapter) for layout in laid.layouts]
     if any(one != cuts[0] for one in cuts):
         raise RecipeError(
             f"the prompts of this batch end their groups of {group} at different places; prefill "
@@ -112,10 +112,44 @@ def parts_of(
     return list(zip(edges, edges[1:], strict=False))
 
 
-def _cuts(layout: TokenLayout, group: Group, pictures: int) -> list[int]:
+def _cuts(layout: TokenLayout, group: Group, adapter: Adapter) -> list[int]:
     if not len(layout):
         return []
-    numbers = group.numbers(layout, pictures)
+    numbers, spans = group.numbers(layout, adapter.pictures_per_frame), layout.spans()
     last = numbers.diff().nonzero()[:, 0]
+    if adapter.sees_ahead and bool((spans[last] == spans[last + 1]).any()):
+        raise RecipeError(
+            f"groups of {group} would cut images in two, whose tokens attend to each other in both "
+            f"directions in {adapter.config.model_type}; count frames"
+        )
     cuts: list[int] = (layout.position[last] + 1).tolist()
     return cuts
+
+
+def holds_media(adapter: Adapter, ids: Tensor | None, length: int) -> bool:
+    """Whether a prompt holds media tokens.
+
+    Args:
+        adapter: Of the model.
+        ids: `[B, S]`; None if the model is given embeddings alone.
+        length: Tokens that the language model is called with.
+
+    Raises:
+        UnsupportedModelError: It cannot be told, or there are more tokens than ids.
+    """
+    if ids is None:
+        raise UnsupportedModelError(
+            "pruning needs input_ids to find media tokens, got inputs_embeds only; "
+            "pass input_ids and pixels or sound"
+        )
+    present = torch.zeros((), dtype=torch.bool, device=ids.device)
+    for token in adapter.token_ids().values():
+        present = present | (ids == token).any()
+    if not bool(present):
+        return False
+    if ids.shape[1] != length:
+        raise UnsupportedModelError(
+            f"the prompt has {ids.shape[1]} tokens, but the language model was given {length}: "
+            "the model expands placeholders itself; use the processor that expands them"
+        )
+    return True

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["LazyMask", "base_attention", "mask_for_kernel", "query_mask"]
+__all__ = ["LazyMask", "base_attention", "mask_for_kernel", "padding_of", "query_mask"]
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -190,3 +190,14 @@ def query_mask(mask: Any, rows: Tensor, keys: Tensor) -> Callable[[Tensor], Tens
         return dense if dense.dtype == torch.bool else dense > torch.finfo(dense.dtype).min / 2
 
     return visible
+
+
+def padding_of(mask: Any) -> Tensor | None:
+    """`[B, N]` bool, False at padding, from what a model is given as its attention mask."""
+    if isinstance(mask, dict):
+        mask = next((one for one in mask.values() if isinstance(one, LazyMask)), None)
+    if isinstance(mask, LazyMask):
+        return mask.padding
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return None if bool(mask.all()) else mask.bool()
+    return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,11 +11,32 @@ from torch import Tensor
 
 from tokenprune.engine.flight import Flight
 from tokenprune.engine.laid import LaidPrompt
+from tokenprune.engine.prompt import Given
+from tokenprune.engine.schedule import Schedule
 from tokenprune.engine.sequence import Prefilled, Sequence
 from tokenprune.errors import RecipeError
 from tokenprune.report.report import Call
 
-__all__ = ["PartedPrompt", "PartsDone", "check_parted", "cut_call"]
+__all__ = ["PartedPrompt", "PartsDone", "check_parted", "cut_call", "with_hidden"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a prompt.
+
+    Attributes:
+        start: Where it begins in the unpruned sequence, and
+        stop: where it ends.
+        laid: Its media tokens.
+        schedule: Which stages act on it.
+        given: What the caller knows, and whether other parts follow.
+    """
+
+    start: int
+    stop: int
+    laid: LaidPrompt
+    schedule: Schedule
+    given: Given
 
 
 @dataclass(frozen=True)
@@ -23,6 +45,23 @@ class PartedPrompt:
 
     laid: LaidPrompt
     bounds: list[tuple[int, int]]
+
+    def parts(self, schedule: Schedule, given: Given) -> Iterator[Part]:
+        """Its parts, in order.
+
+        Args:
+            schedule: Of the whole.
+            given: What the caller knows of the whole.
+        """
+        for number, (start, stop) in enumerate(self.bounds):
+            more = given.more or number + 1 < len(self.bounds)
+            yield Part(
+                start=start,
+                stop=stop,
+                laid=self.laid.part(start, stop, number),
+                schedule=schedule.before_question if more else schedule.with_question,
+                given=replace(given, continues=given.continues or number > 0, more=more),
+            )
 
     def groups(self) -> list[Tensor]:
         """For each sample `[P]`, the part of each media token."""
@@ -93,8 +132,9 @@ class PartsDone:
         self._calls: list[Call] = []
         self._left: list[tuple[Flight, Tensor]] = []  # of those whose rows are wanted
 
-    def add(self, call: Call, flight: Flight, hidden: Tensor) -> None:
+    def add(self, call: Call | None, flight: Flight, hidden: Tensor) -> None:
         """A part was prefilled: its hidden states `[B, Q, D]` came out of the model."""
+        assert call is not None, "every part is one of a prompt with media"
         self._calls.append(call)
         self._left.append((flight, hidden))
         while self._wanted and len(self._left) > 1:
@@ -141,3 +181,11 @@ class PartsDone:
     def abandon(self) -> None:
         """A part failed: nothing of the prompt is held."""
         del self._sequence.prompts[self._before :]
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """What the language model returned, with other hidden states."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    output.last_hidden_state = hidden
+    return output

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,14 +23,19 @@ from tokenprune.engine.cache import (
 from tokenprune.engine.encoders import EncoderCalls
 from tokenprune.engine.forward import Forward
 from tokenprune.engine.labels import LogitRows
-from tokenprune.engine.laid import LaidPrompt, parts_of
+from tokenprune.engine.laid import LaidPrompt, holds_media, parts_of
 from tokenprune.engine.masks import LazyMask, base_attention, mask_for_kernel
-from tokenprune.engine.parts import PartedPrompt, PartsDone, check_parted, cut_call
+from tokenprune.engine.parts import (
+    PartedPrompt,
+    PartsDone,
+    check_parted,
+    cut_call,
+    with_hidden,
+)
 from tokenprune.engine.probe import Probe
 from tokenprune.engine.prompt import Given, Prompt
 from tokenprune.engine.rows import Attended
 from tokenprune.engine.schedule import Schedule
-from tokenprune.errors import UnsupportedModelError
 from tokenprune.report.report import Report
 from tokenprune.report.timing import Mark
 
@@ -113,8 +117,7 @@ class Run:
             kwargs["attention_mask"] = hidden.new_ones(batch, length, dtype=torch.int64)
         self.forward = self._parted = None
         past = 0 if cache is None else adopt(cache, self._schedule.adapter.shape.layers).end
-        prompt = self._media_prompt(length, hidden.device)
-        laid = None if prompt is None else LaidPrompt.of(self._schedule, prompt, past)
+        laid = self._lay_out(length, hidden.device, past)
         self._started = Mark(self._lm)
         if laid is not None and self._schedule.group is not None:
             bounds = parts_of(laid, self._schedule.group, self._schedule.adapter, past)
@@ -149,37 +152,24 @@ class Run:
 
     def _prefill_parts(self, forward: Any, prompt: PartedPrompt, kwargs: dict[str, Any]) -> Any:
         sequence = adopt(kwargs[CACHE_NAME], self._schedule.adapter.shape.layers)
-        done = PartsDone(prompt, sequence, self.logits.wanted)
-        past, started = sequence.end, self._started
-        output: Any = None
+        done, started = PartsDone(prompt, sequence, self.logits.wanted), self._started
+        past, output = sequence.end, None
         try:
-            for number, (start, stop) in enumerate(prompt.bounds):
-                given = replace(
-                    self._given,
-                    continues=self._given.continues or number > 0,
-                    more=self._given.more or number + 1 < len(prompt.bounds),
-                )
-                schedule = self._schedule
-                schedule = schedule.before_question if given.more else schedule.with_question
-                cut = cut_call(kwargs, start, stop, past)
-                part = self._begin(schedule, given, cut, prompt.laid.part(start, stop, number))
+            for part in prompt.parts(self._schedule, self._given):
+                cut = cut_call(kwargs, part.start, part.stop, past)
+                running = self._begin(part.schedule, part.given, cut, part.laid)
                 output = forward(**cut)
-                call = part.finish()
-                assert call is not None, "every part is one of a prompt with media"
+                done.add(running.finish(), running.flight, output[0])
                 sequence.stop()
-                done.add(call, part.flight, output[0])
         except BaseException:
             done.abandon()
             raise
         self.forward = None
         call = done.join(self._given.continues)
-        assert started is not None
-        self.report.prefill(call, started, Mark(self._lm))
+        if started is not None:
+            self.report.prefill(call, started, Mark(self._lm))
         self.logits.prefilled(done.flight(), call)
-        if isinstance(output, tuple):
-            return (done.hidden(), *output[1:])
-        output.last_hidden_state = done.hidden()
-        return output
+        return with_hidden(output, done.hidden())
 
     def _cache_of(self, kwargs: dict[str, Any]) -> Cache | None:
         """The cache that the language model is given, or would make for itself."""
@@ -189,28 +179,14 @@ class Run:
         cache = cache_among(kwargs)
         return new_cache(self._config) if cache is None and use_cache else cache
 
-    def _media_prompt(self, length: int, device: torch.device) -> Prompt | None:
-        """The prompt that this forward of the language model brings, if it holds media tokens."""
+    def _lay_out(self, length: int, device: torch.device, past: int) -> LaidPrompt | None:
+        """The prompt that this forward brings, laid out; None if it holds no media tokens."""
         ids = self._prompt.get("input_ids")
-        if length == 1:
+        if length == 1 or not holds_media(self._schedule.adapter, ids, length) or ids is None:
             return None
-        if ids is None:
-            raise UnsupportedModelError(
-                "pruning needs input_ids to find media tokens, got inputs_embeds only; "
-                "pass input_ids and pixels or sound"
-            )
-        present = torch.zeros((), dtype=torch.bool, device=ids.device)
-        for token in self._schedule.adapter.token_ids().values():
-            present = present | (ids == token).any()
-        if not bool(present):
-            return None
-        if ids.shape[1] != length:
-            raise UnsupportedModelError(
-                f"the prompt has {ids.shape[1]} tokens, but the language model was given {length}: "
-                "the model expands placeholders itself; use the processor that expands them"
-            )
         calls = self.encoders.take()
-        return Prompt(ids.to(device), calls, self._prompt, self._given)
+        prompt = Prompt(ids.to(device), calls, self._prompt, self._given)
+        return LaidPrompt.of(self._schedule, prompt, past)
 
     def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         """The language model returned, or failed."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -147,23 +147,19 @@ def _forecast(
     past = adopt(stored, adapter.shape.layers).end
     media = MediaPrompt(ids, prompt.calls, prompt.inputs, given)
     laid = LaidPrompt.of(schedule, media, past)
-    bounds = parts_of(laid, group, adapter, past)
-    done = PartsDone(PartedPrompt(laid, bounds), adopt(stored, adapter.shape.layers), 1)
+    parted = PartedPrompt(laid, parts_of(laid, group, adapter, past))
     rows: list[list[Tensor]] = [[] for _ in stored.layers]
-    call: Call | None = None
-    for number, (start, stop) in enumerate(bounds):
-        part, acting = laid, schedule
-        if len(bounds) > 1:
-            last = number + 1 == len(bounds) and not given.more
-            acting = schedule.with_question if last else schedule.before_question
-            part = laid.part(start, stop, number)
-            given = replace(given, continues=number > 0 or prompt.continues, more=not last)
-        forward = Forward(acting, stored, 1, stop - start, ids.device, given)
-        call = _prefill(forward, part, stored, known, rows)
-        done.add(call, forward.flight, torch.zeros(1, 1, 0))
-    if len(bounds) > 1:
+    if len(parted.bounds) == 1:
+        forward = Forward(schedule, stored, 1, laid.length, ids.device, given)
+        call = _prefill(forward, laid, stored, known, rows)
+    else:
+        done = PartsDone(parted, adopt(stored, adapter.shape.layers), 1)
+        for part in parted.parts(schedule, given):
+            length = part.stop - part.start
+            forward = Forward(part.schedule, stored, 1, length, ids.device, part.given)
+            call = _prefill(forward, part.laid, stored, known, rows)
+            done.add(call, forward.flight, torch.zeros(1, 1, 0))
         call = done.join(prompt.continues)
-    assert call is not None
     width = adapter.shape.head_width * adapter.model.dtype.itemsize
     call.kv_bytes_before *= width
     call.kv_bytes_after *= width
