@@ -18,6 +18,7 @@ from tokenprune.engine.cache import PrunedLayer
 from tokenprune.engine.flight import Flight
 from tokenprune.engine.layouts import lay_out
 from tokenprune.engine.maps import EncoderMaps
+from tokenprune.engine.merges import absorb_entries, check_merge, real_pairs, translate
 from tokenprune.engine.pictures import deal_frames
 from tokenprune.engine.prompt import Prompt, Sample
 from tokenprune.engine.schedule import Schedule
@@ -120,7 +121,7 @@ class Prefill:
             if selection is None:
                 continue
             kept = rows[selection.index]
-            merge = _translate(selection.merge, rows)
+            merge = translate(selection.merge, rows)
             if merge is not None:
                 merges.append((sample, merge))
             self._record(place, sample, rows, kept, merge)
@@ -207,17 +208,30 @@ class Prefill:
             if not candidates.shape[1]:
                 continue
             place = Place(step, number, stored=layer)
-            selection = self._select(place, sample, candidates)
+            with torch.no_grad():  # what is decided, weights included, is constant to gradients
+                selection = self._select(place, sample, candidates)
             if selection is None:
                 continue
             kept = _pick(candidates, selection.index)
-            self._record(place, sample, candidates, kept, None)
+            merge = translate(selection.merge, candidates)
+            self._record(place, sample, candidates, kept, merge)
+            if merge is not None:
+                self._absorb(sample, layer, merge)
             if kept.shape[1] == candidates.shape[1]:
                 continue
             rows = kept if candidates is rows else _without(rows, candidates, kept)
             changed = True
         self.entries[sample.number, number] = rows.shape[1]
         return rows if changed else None
+
+    def _absorb(self, sample: Sample, layer: PrunedLayer, merge: Merge) -> None:
+        """Merge entries of one sample in a layer's cache: `[H, M]` rows of the layout."""
+        ends = merge.source, merge.target
+        stored, position = layer.keys.shape[2], sample.layout.position
+        source, target = (columns_of(sample, one, self._flight, stored) for one in ends)
+        absorb_entries(layer, sample.number, source, target, merge)
+        real = real_pairs(merge).to(position.device)
+        self._sequence.join(*(position[one[real]] for one in ends))
 
     def _columns(self, sample: Sample, layer: PrunedLayer, kept: Tensor | None) -> Tensor:
         """The columns `[H, K]` of a layer's cache that one sample keeps.
@@ -261,16 +275,10 @@ class Prefill:
                 sample=sample.number,
                 candidates=rows.shape[-1],
                 kept=position[kept],
-                merge=_translate(merge, position),
+                merge=translate(merge, position),
                 step=place.step.number,
             )
         )
-
-
-def _translate(merge: Merge | None, names: Tensor) -> Merge | None:
-    if merge is None:
-        return None
-    return Merge(names[merge.source], names[merge.target], merge.weight)
 
 
 def _candidates(sample: Sample, stage: Stage, rows: Tensor) -> Tensor:
@@ -327,7 +335,4 @@ def _check(stage: Stage, selection: Selection, candidates: Candidates, budget: B
         raise RecipeError(
             f"{stage.name} promised to keep {promised} of {total} tokens and kept {shape[-1]}"
         )
-    if selection.merge is not None and at_cache:
-        raise RecipeError(
-            f"{stage.name} cannot merge tokens at {stage.site}, only at the input and at layers"
-        )
+    check_merge(stage, selection, heads, total)

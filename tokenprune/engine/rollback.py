@@ -67,14 +67,20 @@ def cache_state(cache: Cache) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What makes up a pruned cache between two forwards.
 
     Returns:
-        Tensors by name ("0.keys", "0.values" and "0.index" for layer 0), and the rest as plain
-        numbers and flags.
+        Tensors by name ("0.keys", "0.values" and "0.index" for layer 0; "0.mass" and "joined"
+        where entries were merged), and the rest as plain numbers and flags.
     """
-    tensors, plain = {}, []
+    tensors: dict[str, Tensor] = {}
+    plain = []
+    joined = cache.layers[0].sequence.joined
+    if joined is not None:
+        tensors["joined"] = joined
     for number, layer in enumerate(cache.layers):
         tensors[f"{number}.keys"] = layer.keys
         tensors[f"{number}.values"] = layer.values
         tensors[f"{number}.index"] = layer.index.to(torch.int32)
+        if layer.mass is not None:
+            tensors[f"{number}.mass"] = layer.mass
         state = vars(layer).items()
         plain.append({name: value for name, value in state if type(value) in (int, bool)})
     return tensors, {"end": cache.layers[0].sequence.end, "layers": plain}
@@ -97,10 +103,14 @@ def cache_from_state(
     cache = new_cache(config)
     sequence = adopt(cache, len(plain["layers"]))
     sequence.end = plain["end"]
+    if "joined" in tensors:
+        sequence.joined = tensors["joined"].to(device)
     for number, (layer, state) in enumerate(zip(cache.layers, plain["layers"], strict=True)):
         keys, values = (tensors[f"{number}.{name}"].to(device) for name in ("keys", "values"))
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
         layer.index = tensors[f"{number}.index"].to(device, torch.int64)
+        if f"{number}.mass" in tensors:
+            layer.mass = tensors[f"{number}.mass"].to(device)
         layer.__dict__.update(state)
     return cache

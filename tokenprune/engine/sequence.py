@@ -36,6 +36,7 @@ class Snapshot(NamedTuple):
     shift: Tensor | None
     prompts: tuple[Prefilled, ...]
     state: dict[StateKey, Any]
+    joined: Tensor | None = None
 
 
 class Sequence:
@@ -47,6 +48,8 @@ class Sequence:
         prompts: Those with media, in order. Which of their tokens are still stored, each layer's
             index says.
         state: What stages keep as long as the sequence.
+        joined: `[n]` bool by logical length: whether a sequence cut to it would hold a part of
+            what was merged in a cache; False beyond its end. None if nothing was.
         rows: `[B, Q]` logical index of each hidden state in flight, -1 for holes; None between
             forwards, when nothing may be stored.
         holes: Whether `rows` has any.
@@ -61,13 +64,15 @@ class Sequence:
 
     def snapshot(self) -> Snapshot:
         """What it is now, whatever happens to it later."""
-        return Snapshot(self.end, self.shift, tuple(self.prompts), copy.deepcopy(self.state))
+        state = copy.deepcopy(self.state)
+        return Snapshot(self.end, self.shift, tuple(self.prompts), state, self.joined)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Make it what it was."""
         self.end, self.shift = snapshot.end, snapshot.shift
         self.prompts = list(snapshot.prompts)
         self.state = copy.deepcopy(snapshot.state)
+        self.joined = snapshot.joined
         self.rows: Tensor | None = None
         self.holes = False
         self._extended: tuple[Tensor, Tensor, Tensor] | None = None
@@ -98,10 +103,35 @@ class Sequence:
         self._extended = (index, self.rows, new)
         return new
 
+    def join(self, source: Tensor, target: Tensor) -> None:
+        """Note that entries were merged: which tokens gave, and which received, pair by pair."""
+        first, last = torch.minimum(source, target), torch.maximum(source, target)
+        steps = torch.zeros(self.end + 1, dtype=torch.int64, device=first.device)
+        one = torch.ones_like(first.flatten())
+        steps.index_add_(0, first.flatten() + 1, one).index_add_(0, last.flatten() + 1, -one)
+        joined = steps.cumsum(0) > 0  # first < length <= last for some pair
+        if self.joined is not None:
+            joined[: len(self.joined)] |= self.joined.to(joined.device)
+        self.joined = joined
+
+    def check_crop(self, length: int) -> None:
+        """Check that what lies beyond a logical length can be forgotten.
+
+        Raises:
+            UnsupportedModelError: Tokens from before it and beyond it were merged into one entry.
+        """
+        if self.joined is not None and length < len(self.joined) and bool(self.joined[length]):
+            raise UnsupportedModelError(
+                f"cannot take the cache back to {length} tokens: some from before and some beyond "
+                "were merged into one entry; take back less, or all of that prompt's media, or "
+                "start with a fresh cache"
+            )
+
     def crop(self, length: int) -> None:
         """Forget what lies beyond a logical length."""
         self.end = length
         self.prompts = [one for one in self.prompts if one.start < length]
+        self.joined = None if self.joined is None else self.joined[:length]
 
     def stop(self) -> None:
         """Let nothing be stored until the next forward, which compilers find as it was before."""
