@@ -104,8 +104,11 @@ def read_decisions(
             if merge is not None and at_cache:
                 assert merge.source.shape == merge.target.shape == merge.weight.shape
                 assert candidates.gather(1, merge.source).all(), "a merge takes what is gone"
-                given = (merge.weight != 0) & lost.gather(1, merge.target)
-                assert not given.any(), "a merge gives to an entry that is dropped"
+                real = merge.weight != 0
+                if merge.value_weight is not None:
+                    real |= merge.value_weight != 0
+                gone = real & lost.gather(1, merge.target)
+                assert not gone.any(), "a merge gives to an entry that is dropped"
                 replay.absorbed.append((layer, call.length, sample, merge))
             elif merge is not None:
                 assert candidates[merge.source].all(), "a merge takes from a token that is gone"

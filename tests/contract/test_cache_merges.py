@@ -45,6 +45,7 @@ from tokenprune.core.stage import Stage
 from tokenprune.engine.cache import CACHE_NAME
 from tokenprune.engine.rows import Attended, attention_rows
 from tokenprune.errors import RecipeError, UnsupportedModelError
+from tokenprune.plan.forecast import Prompt, forecast
 
 FOLDS = {
     "alike": Fold(),
@@ -316,6 +317,20 @@ def test_merged_caches_take_fewer_bytes(name: str, fold: str) -> None:
         fewer += entry * (total - -(-total // 3))
     if None in windows and not any(windows):
         assert report.kv_bytes.before - report.kv_bytes.after == fewer
+
+
+@folds
+@pytest.mark.parametrize("name", families())
+def test_a_plan_counts_what_will_be_left(name: str, fold: str) -> None:
+    one = model_of(name)
+    inputs, adapter = prompt_of(one), adapter_for(one.model)
+    with prune(one.model, FOLDS[fold]) as report:
+        generate(one, inputs, max_new_tokens=1)
+    steps = Recipe(FOLDS[fold]).steps(adapter.shape)
+    planned = forecast(Prompt.of(adapter, inputs), steps)
+    assert planned.exact == [True]
+    assert torch.equal(planned.call.media_entries, report.last.media_entries)
+    assert planned.call.kv_bytes_after == report.last.kv_bytes_after
 
 
 # -- mass
