@@ -142,3 +142,54 @@ class Clean(Stage):
     def select(self, context: Context) -> Selection:
         assert context.alive is not None
         return Selection(context.alive[context.rows[0]].nonzero()[:, 0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold(Selective):
+    """Keeps every third entry of a cache, which absorbs those around it.
+
+    Weights are as those of `Absorb`. Where heads differ, each begins at another entry, the odd ones
+    absorb less than the others, and pairs of weight 0 fill them up.
+
+    Attributes:
+        mass: Whether what is kept stands for as many as it absorbed.
+        per_head: Whether heads differ.
+        apart: Whether values have weights of their own.
+    """
+
+    at: Cache = Cache()
+    mass: bool = False
+    per_head: bool = False
+    apart: bool = False
+
+    name = "fold"
+
+    @property
+    def site(self) -> Site:
+        return self.at
+
+    def budget(self, candidates: Candidates) -> Budget:
+        kept = -(-len(candidates) // 3)
+        groups = torch.zeros_like(candidates.rows)
+        return Budget.of(groups, groups.new_full((*groups.shape[:-1], 1), kept))
+
+    def select(self, context: Context) -> Selection:
+        total, heads = len(context), len(context.rows)
+        source = torch.arange(total)
+        first = source - source % 3
+        if self.per_head:
+            shift = torch.arange(heads)[:, None] % 3  # [H, 1]
+            source = source.expand(heads, -1)
+            target = (first + shift).clamp_max(total - 1)
+            index = (torch.arange(0, total, 3) + shift).clamp_max(total - 1)
+        else:
+            target, index = first, source[::3]
+        weight = torch.tensor([1.25, 0.5, -0.25])[source % 3]
+        value_weight = torch.tensor([0.375, 0.75, 0.5])[source % 3] if self.apart else None
+        if self.per_head:
+            less = (torch.arange(heads)[:, None] % 2 == 1) & (source % 3 == 2)
+            weight = weight.masked_fill(less, 0)
+            value_weight = None if value_weight is None else value_weight.masked_fill(less, 0)
+            target = torch.where(less, 0, target)  # any will do, kept or not
+        merge = Merge(source, target, weight, value_weight, self.mass)
+        return Selection(index, merge)

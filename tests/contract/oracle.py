@@ -35,12 +35,15 @@ class Replay:
         dropped: (layer, first query, `[B, H, S]`): cache entries that queries from there on do
             not see, in this layer and key-value head only.
         merges: By layer: (sample, source, target, weight) at its input, in order.
+        absorbed: (layer, first query, sample, merge): cache entries that others absorbed, in order,
+            as queries from there on see them. Masks cannot tell of these: see `cache_oracle`.
         steps: Each decision, with the positions it could choose from: `[N]`, or `[H, N]`.
     """
 
     gone: dict[int, Tensor] = field(default_factory=dict)
     dropped: list[tuple[int, int, Tensor]] = field(default_factory=list)
     merges: dict[int, list[tuple[int, Tensor, Tensor, Tensor]]] = field(default_factory=dict)
+    absorbed: list[tuple[int, int, int, Any]] = field(default_factory=list)
     steps: list[tuple[Any, Tensor]] = field(default_factory=list)
 
     def gone_at(self, layer: int, sample: int, length: int) -> Tensor:
@@ -107,8 +110,19 @@ def read_decisions(
             else:
                 mask = replay.gone.setdefault(layer, torch.zeros(samples, length, dtype=torch.bool))
                 mask[sample] |= dropped
-            if decision.merge is not None:
-                merge = decision.merge
+            merge = decision.merge
+            if merge is not None and at_cache:
+                assert merge.source.shape == merge.target.shape == merge.weight.shape
+                assert candidates.gather(1, merge.source).all(), "a merge takes what is gone"
+                real = merge.weight != 0
+                if merge.value_weight is not None:
+                    real |= merge.value_weight != 0
+                to_none = real & dropped.gather(1, merge.target)
+                assert not to_none.any(), "a merge gives to an entry that is dropped"
+                when = getattr(decision, "length", None)
+                since = call.length if when is None else when
+                replay.absorbed.append((layer, since, sample, merge))
+            elif merge is not None:
                 assert candidates[merge.source].all(), "a merge takes from a token that is gone"
                 assert not dropped[merge.target].any(), "a merge gives to a token that is dropped"
                 part = (sample, merge.source, merge.target, merge.weight)
@@ -199,6 +213,7 @@ def dense_run(
     Args:
         settings: Of the model's forward, such as `output_attentions`.
     """
+    assert not replay.absorbed, "masks cannot replay merges in caches"
     language_model = decoder_of(model)
     with ExitStack() as hooks:
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -479,6 +480,10 @@ def shifted(replay: Any, by: int) -> Any:
         layer: [(sample, source - by, target - by, weight) for sample, source, target, weight in m]
         for layer, m in replay.merges.items()
     }
+    replay.absorbed = [
+        (at, start - by, sample, replace(m, source=m.source - by, target=m.target - by))
+        for at, start, sample, m in replay.absorbed
+    ]
     return replay
 
 

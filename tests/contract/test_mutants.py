@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.adapters import test_adapters
+from tests.contract import test_cache_merges as merging
 from tests.contract import test_context as context
 from tests.contract import test_contracts as contracts
 from tests.contract import test_groups as groups
@@ -386,6 +387,103 @@ def rollback_of_one_too_many(patch: pytest.MonkeyPatch) -> None:
 @caught_by(contracts.test_beam_search_scores_match_the_oracle, "llava_onevision", EVERYWHERE)
 def beams_not_reordered(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PrunedLayer, "reorder_cache", lambda self, beams: None)
+
+
+# -- merges at caches
+
+merged_entries = merging.test_merged_entries_match_the_lists
+merged_twice = merging.test_merges_of_what_was_merged_match_the_lists
+
+
+def _absorbed_otherwise(patch: pytest.MonkeyPatch, other: Callable[..., Any]) -> None:
+    """Merge entries by other pairs or weights than were decided."""
+    original = prefill.absorb_entries
+
+    def faulty(layer: Any, sample: int, source: Any, target: Any, merge: Any) -> None:
+        original(layer, sample, *other(source, target, merge))
+
+    patch.setattr(prefill, "absorb_entries", faulty)
+
+
+@caught_by(merged_entries, "llava_onevision", "per-head", "alone", "sdpa")
+def weights_of_keys_used_for_values(patch: pytest.MonkeyPatch) -> None:
+    _absorbed_otherwise(patch, lambda *ends: (*ends[:2], replace(ends[2], value_weight=None)))
+
+
+@caught_by(merged_entries, "qwen2_5_vl", "per-head-mass", "alone", "sdpa")
+def merges_of_other_heads(patch: pytest.MonkeyPatch) -> None:
+    """Each head absorbs what another one was to absorb."""
+
+    def swapped(source: Any, target: Any, merge: Any) -> Any:
+        weights = {"weight": merge.weight.flip(0), "value_weight": merge.value_weight.flip(0)}
+        return source.flip(0), target.flip(0), replace(merge, **weights)
+
+    _absorbed_otherwise(patch, swapped)
+
+
+@caught_by(merged_entries, "qwen2_audio", "alike", "batch", "sdpa")
+def merges_of_the_first_sample_alone(patch: pytest.MonkeyPatch) -> None:
+    original = prefill.absorb_entries
+
+    def faulty(layer: Any, sample: int, *args: Any) -> None:
+        if sample == 0:
+            original(layer, sample, *args)
+
+    patch.setattr(prefill, "absorb_entries", faulty)
+
+
+@caught_by(merged_entries, "llava_onevision", "alike-mass", "alone", "sdpa")
+def mass_lost_when_entries_are_selected(patch: pytest.MonkeyPatch) -> None:
+    original = PrunedLayer.select
+
+    def faulty(self: PrunedLayer, columns: Any) -> None:
+        original(self, columns)
+        self.mass = None
+
+    patch.setattr(PrunedLayer, "select", faulty)
+
+
+@caught_by(merged_entries, "llava_onevision", "per-head-mass", "batch", "eager")
+def mass_of_other_entries(patch: pytest.MonkeyPatch) -> None:
+    """Entries are selected, their mass is just cut to length."""
+    original = PrunedLayer.select
+
+    def faulty(self: PrunedLayer, columns: Any) -> None:
+        mass = self.mass
+        original(self, columns)
+        self.mass = None if mass is None else mass[..., -columns.shape[-1] :]
+
+    patch.setattr(PrunedLayer, "select", faulty)
+
+
+@caught_by(merged_entries, "qwen3_vl", "alike-mass", "alone", "eager")
+def mass_adds_nothing_in_decoding(patch: pytest.MonkeyPatch) -> None:
+    original = run.mask_for_kernel
+    patch.setattr(run, "weighted_mask", lambda *given: original(*given[:-1], False))
+
+
+@caught_by(merged_twice, "llava_onevision", "alone")
+def mass_of_what_was_merged_counts_as_one(patch: pytest.MonkeyPatch) -> None:
+    original = prefill.absorb_entries
+
+    def faulty(layer: Any, *args: Any) -> None:
+        layer.mass = None
+        original(layer, *args)
+
+    patch.setattr(prefill, "absorb_entries", faulty)
+
+
+@caught_by(merging.test_stages_are_shown_attention_with_mass, "per-head-mass")
+def attention_shown_without_mass(patch: pytest.MonkeyPatch) -> None:
+    original = rows._blocks
+    patch.setattr(
+        rows, "_blocks", lambda attended, queries: original(replace(attended, mass=None), queries)
+    )
+
+
+@caught_by(merging.test_later_stages_see_merged_keys)
+def stages_see_what_was_collected_before(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(collecting, "_is_stored", lambda signal: False)
 
 
 # -- what stages are shown, and what they promise

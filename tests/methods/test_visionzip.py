@@ -33,7 +33,8 @@ def merged(selection: Selection, features: Tensor) -> Tensor:
     """What the kept tokens become, as loops."""
     found = features.clone()
     if selection.merge is not None:
-        parts = [column.tolist() for column in vars(selection.merge).values()]
+        merge = selection.merge
+        parts = [column.tolist() for column in (merge.source, merge.target, merge.weight)]
         for target in set(parts[1]):
             found[target] = sum(
                 weight * features[source]

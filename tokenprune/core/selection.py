@@ -39,22 +39,36 @@ def check_keep(keep: float | int, *, name: str = "keep") -> None:
 class Merge:
     """Tokens that are absorbed by others, as rows of the stage's candidates.
 
-    The new feature of a target is the weighted sum of its sources. A target takes part with its
-    own old feature only if it is listed as one of its own sources.
+    What a target becomes is the weighted sum of its sources, as they were before. A target takes
+    part with what it was itself only if it is listed as one of its own sources.
+
+    At the input and at layers features are merged, at a cache keys and values, those of each
+    key-value head by themselves. There heads may differ: `[H, M]`, and a head with fewer pairs
+    than others is filled up with pairs of weight 0 (in `weight`, and in `value_weight` if that is
+    given), whose source and target may be any candidates. At a cache such a pair is none at all.
 
     Attributes:
-        source: `[M]` int64, rows that give.
-        target: `[M]` int64, rows that receive; every one of them is kept.
-        weight: `[M]` float, any finite numbers: they sum to 1 for a mean, and need not.
+        source: `[M]` int64, rows that give; `[H, M]` at a cache where heads differ.
+        target: As `source`: rows that receive; every one of them is kept.
+        weight: As `source`, any finite numbers: they sum to 1 for a mean, and need not.
+        value_weight: As `weight`, for values; at a cache alone. None: values are weighed as keys.
+        mass: Whether a target stands for as many entries as its sources did together, at a cache
+            alone: an entry that was never merged for one, and one that stands for n has log n
+            added to its attention logits from then on. If not, it counts as it did before.
     """
 
     source: Tensor
     target: Tensor
     weight: Tensor
+    value_weight: Tensor | None = None
+    mass: bool = False
 
     def __post_init__(self) -> None:
-        if not self.source.shape == self.target.shape == self.weight.shape or self.source.ndim != 1:
-            raise ValueError("source, target and weight of a Merge must all be [M]")
+        shape = self.source.shape
+        weights = self.weight if self.value_weight is None else self.value_weight
+        alike = shape == self.target.shape == self.weight.shape == weights.shape
+        if not alike or len(shape) not in (1, 2):
+            raise ValueError("source, target and weights of a Merge must all be [M], or all [H, M]")
 
 
 @dataclass(frozen=True)
@@ -64,8 +78,8 @@ class Selection:
     Attributes:
         index: `[K]` int64, or `[H, K]` at a cache site (a set for each key-value head): kept
             candidates in increasing order, counted among the candidates. `K` may be 0.
-        merge: Who absorbs whom, counted among the candidates, at the input and at layers; None if
-            what is not kept is dropped for good.
+        merge: Who absorbs whom, counted among the candidates; None if what is not kept is dropped
+            for good.
         scores: `[N]` or `[H, N]`, for pictures and reports; None if the stage has none.
     """
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -55,6 +56,8 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         shown: The end of `index`: what the newest queries are given, without what lies outside
             the windows of all of them.
         holes: Whether `index` has any.
+        mass: `[B, H, S]` float32, or `[B, 1, S]` while all heads agree: how many entries each one
+            stands for; None while each stands for itself.
         seen: Logical length: tokens that went by, kept or not.
         window: How far back queries look; None for full attention.
     """
@@ -72,7 +75,9 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         self.index: Tensor = _NO_INDEX
         self.shown: Tensor = _NO_INDEX
         self.holes = False
+        self.mass: Tensor | None = None
         self.seen = 0
+        self._shared = True  # whether others may hold the very tensors that are stored
         self._tail = 0  # columns appended since the last selection: the same tokens in all heads
         self._forgotten = -1  # the last token that the window has left behind for good
 
@@ -81,6 +86,9 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         self.holes = self.holes or self.sequence.holes
         fresh, self.seen = self.sequence.end - self.seen, self.sequence.end
         self._tail += keys.shape[-2]
+        self._shared = True
+        if self.mass is not None:
+            self.mass = pad(self.mass, (0, keys.shape[-2]), value=1.0)
         if self.is_initialized and self.keys.device != keys.device:  # as read from a file
             self.keys, self.values = self.keys.to(keys.device), self.values.to(keys.device)
         keys, values = super().update(keys, values, *args, **kwargs)
@@ -109,7 +117,18 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         kept_heads = max(columns.shape[1], self.index.shape[1])
         index = self.index.expand(-1, kept_heads, -1).gather(2, safe.expand(-1, kept_heads, -1))
         self.index = torch.where(columns >= 0, index, -1)
+        if self.mass is not None:
+            heads = max(columns.shape[1], self.mass.shape[1])
+            mass = self.mass.expand(-1, heads, -1).gather(2, safe.expand(-1, heads, -1))
+            self.mass = torch.where(columns >= 0, mass, 1.0)
         self._tail = 0
+
+    def own(self) -> None:
+        """Store tensors that nobody else holds, to be changed in place until the next update."""
+        if self._shared:
+            self.keys = self.keys.clone(memory_format=torch.contiguous_format)
+            self.values = self.values.clone(memory_format=torch.contiguous_format)
+            self._shared = False
 
     def evict(self) -> bool:
         """Forget what no later query can see. Called after the attention that still needed it.
@@ -144,6 +163,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
                 f"cannot take back {removed} tokens: layers with a sliding window of {self.window} "
                 f"remember {_SLACK} tokens beyond it; roll back less, or start with a fresh cache"
             )
+        self.sequence.check_crop(max(0, length))
         self.seen = max(0, length)
         self.sequence.crop(self.seen)
         if removed <= self._tail:
@@ -151,6 +171,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
             tail = self._tail - removed
             self.keys, self.values = self.keys[:, :, :stay], self.values[:, :, :stay]
             self.index, self._tail = self.index[..., :stay], tail
+            self.mass = None if self.mass is None else self.mass[..., :stay]
             return
         kept = (self.index >= 0) & (self.index < self.seen)
         self.select(pack_mask(kept))
@@ -179,6 +200,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         if self.index is not _NO_INDEX:
             self.keys, self.values = change(self.keys), change(self.values)
             self.index = change(self.index)
+            self.mass = None if self.mass is None else change(self.mass)
 
 
 def new_cache(config: PreTrainedConfig) -> DynamicCache:

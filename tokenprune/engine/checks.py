@@ -9,6 +9,7 @@ from tokenprune.core.context import Candidates
 from tokenprune.core.selection import Selection
 from tokenprune.core.site import Cache
 from tokenprune.core.stage import Stage
+from tokenprune.engine.merges import check_merge
 from tokenprune.errors import RecipeError
 
 __all__ = ["check_selection", "of_kinds"]
@@ -36,10 +37,7 @@ def check_selection(
         raise RecipeError(
             f"{stage.name} promised to keep {promised} of {total} tokens and kept {shape[-1]}"
         )
-    if selection.merge is not None and at_cache:
-        raise RecipeError(
-            f"{stage.name} cannot merge tokens at {stage.site}, only at the input and at layers"
-        )
+    check_merge(stage, selection, heads, total)
 
 
 def of_kinds(stage: Stage, on: Tensor, rows: Tensor) -> Tensor:

@@ -12,9 +12,11 @@ from transformers.cache_utils import Cache
 
 from tokenprune.core.indices import pad_left
 from tokenprune.core.layout import MODALITIES, TokenLayout
+from tokenprune.core.selection import Merge
 from tokenprune.core.signal import Attention, Keys, Question, Signal, Values
 from tokenprune.core.stage import Stage
 from tokenprune.engine.cache import PrunedLayer
+from tokenprune.engine.merges import absorb_entries
 from tokenprune.engine.sequence import Prefilled
 from tokenprune.errors import RecipeError
 
@@ -147,6 +149,11 @@ class Entries:
         index = self._layer.index[sample.number]  # [H or 1, S]
         other = (index >= 0).scatter(1, self.held[sample.number].columns, False)
         return other.nonzero()[:, 1].view(len(index), -1)
+
+    def absorb(self, sample: StoredTokens, merge: Merge) -> None:
+        """Merge entries of one sample: `[H, M]` rows of the layout."""
+        source, target = (self._columns(sample, one) for one in (merge.source, merge.target))
+        absorb_entries(self._layer, sample.number, source, target, merge)
 
     def keep(self, kept: list[Tensor | None]) -> None:
         """Store these rows alone of media, `[H, K]` for each sample; None for all."""

@@ -308,8 +308,7 @@ class Forward:
             if warning not in prefill.call.warnings:
                 prefill.call.warnings.append(warning)
             return
-        with torch.no_grad():
-            kept = prefill.prune_cache(steps, number, layer)
+        kept = prefill.prune_cache(steps, number, layer)
         if kept is not None:
             layer.select(kept[0])
             layer.holes = kept[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import torch
@@ -12,13 +13,14 @@ from transformers.masking_utils import causal_mask_function
 
 from tokenprune.core.context import Context, Lifetime
 from tokenprune.core.recipe import Step
-from tokenprune.core.selection import Selection
+from tokenprune.core.selection import Merge, Selection
 from tokenprune.core.signal import Attention
 from tokenprune.core.site import Cache
 from tokenprune.engine.cache import PrunedLayer
 from tokenprune.engine.checks import check_selection, of_kinds
 from tokenprune.engine.entries import Entries, Held, StoredTokens, held_by, join_layouts
 from tokenprune.engine.masks import LazyMask
+from tokenprune.engine.merges import real_pairs, translate
 from tokenprune.engine.prompt import Given
 from tokenprune.engine.rows import Attended, attention_rows
 from tokenprune.engine.schedule import Schedule, covering
@@ -116,11 +118,17 @@ class LateStages:
         if not candidates.shape[1]:
             return None
         selection = self._select(step, number, sample, candidates, entries)
-        kept = candidates
+        kept, merge = candidates, None
         if selection is not None:
             index = selection.index.expand(len(candidates), -1)
             kept = candidates.gather(1, index)
-        self._record(step, number, sample, candidates, kept)
+            merge = translate(selection.merge, candidates)
+        if merge is not None:
+            entries.absorb(sample, merge)
+            real = real_pairs(merge).to(rows.device)
+            ends = (sample.layout.position[one[real]] for one in (merge.source, merge.target))
+            self._sequence.join(*ends)
+        self._record(step, number, sample, candidates, kept, merge)
         if kept.shape[1] == candidates.shape[1]:
             return None
         if candidates.shape[1] == rows.shape[1]:
@@ -160,7 +168,13 @@ class LateStages:
         return state
 
     def _record(
-        self, step: Step, number: int, sample: StoredTokens, rows: Tensor, kept: Tensor
+        self,
+        step: Step,
+        number: int,
+        sample: StoredTokens,
+        rows: Tensor,
+        kept: Tensor,
+        merge: Merge | None,
     ) -> None:
         self._sequence.prompts[-1].call.decisions.append(
             Decision(
@@ -170,6 +184,7 @@ class LateStages:
                 sample=sample.number,
                 candidates=rows.shape[1],
                 kept=sample.layout.position[kept],
+                merge=translate(merge, sample.layout.position),
                 step=step.number,
                 length=self._sequence.end,
                 of_sequence=True,
@@ -194,9 +209,7 @@ class LateStages:
         if not isinstance(mask, LazyMask):  # of the last query alone
             mask = LazyMask(causal_mask_function, None)
         rows = torch.cat([one.rows for one in asked], dim=1)
-        return Attended(
-            query, attended.keys, attended.values, mask, rows, attended.index, attended.arguments
-        )
+        return replace(attended, query=query, mask=mask, rows=rows)
 
     def _attention(
         self, number: int, step: int, signal: Attention, sample: StoredTokens, rows: Tensor

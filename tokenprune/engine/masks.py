@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["LazyMask", "base_attention", "mask_for_kernel", "padding_of", "query_mask"]
+__all__ = [
+    "LazyMask",
+    "base_attention",
+    "mask_for_kernel",
+    "padding_of",
+    "query_mask",
+    "weighted_mask",
+]
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -129,6 +136,35 @@ def mask_for_kernel(
     else:
         return name, mask
     return name, _for_heads(dense, name, query)
+
+
+def weighted_mask(
+    mask: LazyMask | Tensor | None,
+    name: str,
+    query: Tensor,
+    rows: Tensor,
+    keys: Tensor,
+    mass: Tensor,
+) -> tuple[str, Tensor]:
+    """As `mask_for_kernel`, where keys stand for several.
+
+    Args:
+        mass: `[B, 1 or H, S]`, for how many each key stands.
+
+    Returns:
+        The implementation, which is never a flash kernel, and the mask `[B, 1 or heads, Q, S]` to
+        be added to attention logits: the logarithm of the mass where a query may look.
+    """
+    if "flash" in name:
+        name = "sdpa"
+    mask = LazyMask(causal_mask_function, None) if mask is None else mask
+    # Said to have holes, since a kernel that goes without a mask would go without the mass.
+    name, dense = mask_for_kernel(mask, name, query, rows, keys, True)
+    assert dense is not None
+    added = _for_heads(mass.log().to(query.dtype)[:, :, None], "", query)  # [B, 1 or heads, 1, S]
+    if dense.dtype != torch.bool:
+        return name, dense + added
+    return name, torch.where(dense, added, torch.finfo(query.dtype).min)
 
 
 def _valid_keys(mask: LazyMask, keys: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from tokenprune.engine.cache import PrunedLayer
 from tokenprune.engine.checks import check_selection, of_kinds
 from tokenprune.engine.flight import Flight
 from tokenprune.engine.laid import LaidPrompt
+from tokenprune.engine.merges import absorb_entries, real_pairs, translate
 from tokenprune.engine.prompt import Given, Sample
 from tokenprune.engine.schedule import Schedule
 from tokenprune.engine.sequence import Sequence
@@ -114,7 +115,7 @@ class Prefill:
             if selection is None:
                 continue
             kept = rows[selection.index]
-            merge = _translate(selection.merge, rows)
+            merge = translate(selection.merge, rows)
             if merge is not None:
                 merges.append((sample, merge))
             self._record(place, sample, rows, kept, merge)
@@ -201,17 +202,30 @@ class Prefill:
             if not candidates.shape[1]:
                 continue
             place = Place(step, number, stored=layer)
-            selection = self._select(place, sample, candidates)
+            with torch.no_grad():  # what is decided, weights included, is constant to gradients
+                selection = self._select(place, sample, candidates)
             if selection is None:
                 continue
             kept = _pick(candidates, selection.index)
-            self._record(place, sample, candidates, kept, None)
+            merge = translate(selection.merge, candidates)
+            self._record(place, sample, candidates, kept, merge)
+            if merge is not None:
+                self._absorb(sample, layer, merge)
             if kept.shape[1] == candidates.shape[1]:
                 continue
             rows = kept if candidates is rows else _without(rows, candidates, kept)
             changed = True
         self.entries[sample.number, number] = rows.shape[1]
         return rows if changed else None
+
+    def _absorb(self, sample: Sample, layer: PrunedLayer, merge: Merge) -> None:
+        """Merge entries of one sample in a layer's cache: `[H, M]` rows of the layout."""
+        ends = merge.source, merge.target
+        stored, position = layer.keys.shape[2], sample.layout.position
+        source, target = (columns_of(sample, one, self._flight, stored) for one in ends)
+        absorb_entries(layer, sample.number, source, target, merge)
+        real = real_pairs(merge).to(position.device)
+        self._sequence.join(*(position[one[real]] for one in ends))
 
     def _columns(self, sample: Sample, layer: PrunedLayer, kept: Tensor | None) -> Tensor:
         """The columns `[H, K]` of a layer's cache that one sample keeps.
@@ -255,18 +269,12 @@ class Prefill:
                 sample=sample.number,
                 candidates=rows.shape[-1],
                 kept=position[kept],
-                merge=_translate(merge, position),
+                merge=translate(merge, position),
                 step=place.step.number,
                 length=self._sequence.end,
                 group=self._group,
             )
         )
-
-
-def _translate(merge: Merge | None, names: Tensor) -> Merge | None:
-    if merge is None:
-        return None
-    return Merge(names[merge.source], names[merge.target], merge.weight)
 
 
 def _pick(rows: Tensor, index: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Attended:
         rows: `[B, Q]` logical index of each query, -1 for holes.
         index: `[B, 1 or H, S]` logical index of each key, -1 for holes.
         arguments: Of the attention function: `scaling` and `softcap` count.
+        mass: `[B, 1 or H, S]`, for how many entries each key stands; None if each is one.
     """
 
     query: Tensor
@@ -43,6 +44,7 @@ class Attended:
     rows: Tensor
     index: Tensor
     arguments: dict[str, Any]
+    mass: Tensor | None = None
 
 
 def attention_rows(
@@ -156,6 +158,9 @@ def _blocks(attended: Attended, queries: list[Tensor]) -> Iterator[tuple[int, Te
         scores = scores.view(batch, heads, part.shape[1], stored)
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
+        if attended.mass is not None:
+            added = attended.mass.to(scores.device).log()[:, :, None]  # [B, 1 or H, 1, S]
+            scores = scores + added.repeat_interleave(heads // added.shape[1], dim=1)
         mask = visible(part)
         if mask is not None:
             if mask.shape[1] not in (1, heads):

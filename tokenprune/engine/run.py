@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 from transformers.masking_utils import causal_mask_function
 
@@ -24,7 +25,7 @@ from tokenprune.engine.encoders import EncoderCalls
 from tokenprune.engine.forward import Forward
 from tokenprune.engine.labels import LogitRows
 from tokenprune.engine.laid import LaidPrompt, holds_media, parts_of
-from tokenprune.engine.masks import LazyMask, base_attention, mask_for_kernel
+from tokenprune.engine.masks import LazyMask, base_attention, mask_for_kernel, weighted_mask
 from tokenprune.engine.parts import (
     PartedPrompt,
     PartsDone,
@@ -248,11 +249,16 @@ class Run:
         probed = self._probe.run(module, hidden, args, kwargs, rotary=rotary)
         keys, values, rows = probed.key, probed.value, forward.flight.rows
         index, layer = rows[:, None], forward.layer(number)
+        mass = None
         if rotary and layer is not None and layer.is_initialized:  # what it holds comes first
             index = torch.cat([layer.index, index.expand(-1, layer.index.shape[1], -1)], dim=-1)
             keys = torch.cat([layer.keys.to(keys.device), keys], dim=2)
             values = torch.cat([layer.values.to(values.device), values], dim=2)
-        return Attended(probed.query, keys, values, probed.mask, rows, index, probed.arguments)
+            mass = layer.mass
+        if mass is not None:
+            mass = pad(mass, (0, rows.shape[1]), value=1.0)
+        given = probed.mask, rows, index, probed.arguments, mass
+        return Attended(probed.query, keys, values, *given)
 
     def after_layer(self, number: int, module: nn.Module, args: Any, output: Any) -> Any:
         """A decoder layer returned."""
@@ -310,7 +316,13 @@ class Run:
         flight, layer = forward.flight, forward.layer(module.layer_idx)
         keys = flight.rows[:, None] if layer is None else layer.shown
         holes = flight.holes if layer is None else layer.holes
-        name, mask = mask_for_kernel(attention_mask, self._kernel, query, flight.rows, keys, holes)
+        given = attention_mask, self._kernel, query, flight.rows, keys
+        mass = None if layer is None else layer.mass
+        name, mask = (
+            mask_for_kernel(*given, holes)
+            if mass is None
+            else weighted_mask(*given, mass[..., -keys.shape[-1] :])
+        )
         self.report.kernel(self._kernel, name)
         # Positions with gaps look like packed sequences to flash kernels.
         kwargs.pop("position_ids", None)
@@ -323,7 +335,7 @@ class Run:
             forward.attended(
                 number,
                 lambda: Attended(
-                    query, *stored[:2], attention_mask, flight.rows, stored[2], kwargs
+                    query, *stored[:2], attention_mask, flight.rows, stored[2], kwargs, mass
                 ),
                 layer,
             )

@@ -56,6 +56,7 @@ class Snapshot(NamedTuple):
     prompts: tuple[Prefilled, ...]
     settled: int
     state: dict[StateKey, Any]
+    joined: Tensor | None = None
 
 
 class Sequence:
@@ -72,6 +73,8 @@ class Sequence:
         decides: Whether stages act while tokens are generated.
         state: What stages keep as long as the sequence.
         saved: Fields of state that was read from a file, until a stage asks for it by its kind.
+        joined: `[n]` bool by logical length: whether a sequence cut to it would hold a part of
+            what was merged in a cache; False beyond its end. None if nothing was.
         rows: `[B, Q]` logical index of each hidden state in flight, -1 for holes; None between
             forwards, when nothing may be stored.
         holes: Whether `rows` has any.
@@ -87,7 +90,7 @@ class Sequence:
     def snapshot(self) -> Snapshot:
         """What it is now, whatever happens to it later."""
         state = copy.deepcopy(self.state)
-        return Snapshot(self.end, self.shift, tuple(self.prompts), self.settled, state)
+        return Snapshot(self.end, self.shift, tuple(self.prompts), self.settled, state, self.joined)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Make it what it was."""
@@ -99,6 +102,7 @@ class Sequence:
         self.state = copy.deepcopy(snapshot.state)
         if not snapshot.prompts:
             self.saved: dict[tuple[int, str, int], dict[str, Any]] = {}
+        self.joined = snapshot.joined
         self.rows: Tensor | None = None
         self.holes = False
         self._extended: tuple[Tensor, Tensor, Tensor] | None = None
@@ -177,6 +181,30 @@ class Sequence:
             found[step, _path(kind), sample] = named
         return found
 
+    def join(self, source: Tensor, target: Tensor) -> None:
+        """Note that entries were merged: which tokens gave, and which received, pair by pair."""
+        first, last = torch.minimum(source, target), torch.maximum(source, target)
+        steps = torch.zeros(self.end + 1, dtype=torch.int64, device=first.device)
+        one = torch.ones_like(first.flatten())
+        steps.index_add_(0, first.flatten() + 1, one).index_add_(0, last.flatten() + 1, -one)
+        joined = steps.cumsum(0) > 0  # first < length <= last for some pair
+        if self.joined is not None:
+            joined[: len(self.joined)] |= self.joined.to(joined.device)
+        self.joined = joined
+
+    def check_crop(self, length: int) -> None:
+        """Check that what lies beyond a logical length can be forgotten.
+
+        Raises:
+            UnsupportedModelError: Tokens from before it and beyond it were merged into one entry.
+        """
+        if self.joined is not None and length < len(self.joined) and bool(self.joined[length]):
+            raise UnsupportedModelError(
+                f"cannot take the cache back to {length} tokens: some from before and some beyond "
+                "were merged into one entry; take back less, or all of that prompt's media, or "
+                "start with a fresh cache"
+            )
+
     def crop(self, length: int) -> None:
         """Forget what lies beyond a logical length.
 
@@ -192,6 +220,7 @@ class Sequence:
         self.prompts = [one for one in self.prompts if one.start < length]
         self.settled = min(self.settled, len(self.prompts))
         self.asked = {}
+        self.joined = None if self.joined is None else self.joined[:length]
 
     def stop(self) -> None:
         """Let nothing be stored until the next forward, which compilers find as it was before."""

@@ -195,7 +195,9 @@ class Collector:
         self, signal: Attention | Keys | Values, place: Place, sample: Sample, rows: Tensor
     ) -> Tensor:
         request = self._schedule.request(place.step, signal, place.layer)
-        if request not in self._found:
+        # What a stage at the cache before this one has merged is no longer what was collected.
+        merged = place.stored is not None and request.layer == place.layer and _is_stored(signal)
+        if merged or request not in self._found:
             assert place.stored is not None, "what is not collected is stored"
             assert not isinstance(signal, Attention), "attention is always collected"
             return self._stored(signal, place.stored, sample, rows)
@@ -298,6 +300,11 @@ class Collector:
 
 def _rotary(request: Request) -> bool:
     return isinstance(request.signal, Values) or request.signal.rotary
+
+
+def _is_stored(signal: Attention | Keys | Values) -> bool:
+    """Whether a cache holds it."""
+    return isinstance(signal, Values) or (isinstance(signal, Keys) and signal.rotary)
 
 
 def _alike(rows: Tensor) -> bool:

@@ -25,8 +25,8 @@ def cache_state(cache: Cache) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What makes up a pruned cache between two forwards.
 
     Returns:
-        Tensors by name ("0.keys", "0.values" and "0.index" for layer 0), and the rest as plain
-        numbers, flags and texts.
+        Tensors by name ("0.keys", "0.values" and "0.index" for layer 0, and "0.mass" where entries
+        were merged), and the rest as plain numbers, flags and texts.
 
     Raises:
         TokenPruneError: The state of a stage holds what is neither a tensor nor plain.
@@ -36,13 +36,16 @@ def cache_state(cache: Cache) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors[f"{number}.keys"] = layer.keys
         tensors[f"{number}.values"] = layer.values
         tensors[f"{number}.index"] = layer.index.to(torch.int32)
+        if layer.mass is not None:
+            tensors[f"{number}.mass"] = layer.mass
         state = vars(layer).items()
         plain.append({name: value for name, value in state if type(value) in (int, bool)})
     sequence: Sequence = cache.layers[0].sequence
     prompts = _save_prompts(sequence, tensors)
     state = _save_state(sequence, tensors)
-    shift = {} if sequence.shift is None else {"sequence.shift": sequence.shift}
-    return tensors | shift, {
+    whole = {"shift": sequence.shift, "joined": sequence.joined}
+    tensors |= {f"sequence.{name}": one for name, one in whole.items() if one is not None}
+    return tensors, {
         "end": sequence.end,
         "settled": sequence.settled,
         "layers": plain,
@@ -100,13 +103,16 @@ def cache_from_state(
     cache = new_cache(config)
     sequence = adopt(cache, len(plain["layers"]))
     sequence.end, sequence.settled = plain["end"], plain["settled"]
-    if "sequence.shift" in tensors:
-        sequence.shift = tensors["sequence.shift"].to(device)
+    for name in ("shift", "joined"):
+        if (found := tensors.get(f"sequence.{name}")) is not None:
+            setattr(sequence, name, found.to(device))
     for number, (layer, state) in enumerate(zip(cache.layers, plain["layers"], strict=True)):
         keys, values = (tensors[f"{number}.{name}"].to(device) for name in ("keys", "values"))
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
         layer.index = tensors[f"{number}.index"].to(device, torch.int64)
+        if f"{number}.mass" in tensors:
+            layer.mass = tensors[f"{number}.mass"].to(device)
         layer.__dict__.update(state)
     sequence.prompts = [
         _prompt(f"prompt.{number}", one, tensors, device)

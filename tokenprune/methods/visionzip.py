@@ -159,5 +159,8 @@ def _merge(unit: Tensor, rest: Tensor, targets: Tensor, average: Average) -> Mer
 def _join(merges: list[Merge]) -> Merge | None:
     if not merges:
         return None
-    parts = ((one.source, one.target, one.weight) for one in merges)
-    return Merge(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return Merge(
+        torch.cat([one.source for one in merges]),
+        torch.cat([one.target for one in merges]),
+        torch.cat([one.weight for one in merges]),
+    )

@@ -35,7 +35,8 @@ class Decision:
         sample: Row of the batch.
         candidates: `N`, tokens it could choose from (of each head, at a cache site).
         kept: `[K]` positions of surviving candidates, or `[H, K]` at a cache site.
-        merge: Who absorbs whom, in positions; None if nothing was merged.
+        merge: Who absorbs whom, in positions, `[M]`, or `[H, M]` at a cache site, where pairs of
+            weight 0 are filling; None if nothing was merged.
         step: Which step of the recipe decided, from 0.
         length: Tokens of the unpruned sequence when it decided: queries from there on see the
             result. None for those of the call.
@@ -192,16 +193,21 @@ class Report:
 
     def prefill(self, call: Call, started: Mark, finished: Mark) -> None:
         """A prompt with media went through the language model."""
-        call.warnings.extend(sorted(self._fallbacks))
         self.calls.append(call)
         self._prefill = started, finished
         self._steps = []
+        self._tell_fallbacks()
 
     def step(self, started: Mark, finished: Mark) -> None:
         """The language model ran without new media."""
         # The first and the last suffice for the mean; marks of a long answer are not piled up.
         self._steps = [*self._steps[:1], (started, finished)]
         self._count = 1 if len(self._steps) == 1 else self._count + 1
+        self._tell_fallbacks()
+
+    def _tell_fallbacks(self) -> None:
+        for warnings in (call.warnings for call in self.calls[-1:]):
+            warnings.extend(one for one in sorted(self._fallbacks) if one not in warnings)
 
     def kernel(self, wanted: str, used: str) -> None:
         """An attention kernel was chosen."""
