@@ -271,7 +271,7 @@ class Prefill:
                 kept=position[kept],
                 merge=translate(merge, position),
                 step=place.step.number,
-                length=self._sequence.end,
+                length=None if self._group is None else self._sequence.end,
                 group=self._group,
             )
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,6 +89,13 @@ class Call:
     warnings: list[str] = field(default_factory=list)
     groups: list[Tensor] | None = None
     logit_rows: Tensor | None = None
+
+    def take_back(self, tokens: int) -> None:
+        """The last tokens of the prompt, all text, are forgotten for others."""
+        end, self.length = self.length, self.length - tokens
+        self.decisions = [
+            replace(one, length=self.length) if one.length == end else one for one in self.decisions
+        ]
 
     @property
     def media_tokens(self) -> MediaTokens:

@@ -87,7 +87,7 @@ class GroupPrefill:
             raise
         watched.prompt = prompt
         if calls:  # what the group before decided holds from here on
-            report.calls[calls - 1].length -= end_tokens
+            report.calls[calls - 1].take_back(end_tokens)
         (layout,) = report.last.layouts
         report.last.layouts = [self._numbered(layout, watched)]
         watched.groups.append(self._summary(watched, group, began, processed))
