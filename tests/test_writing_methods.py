@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import build
 from tokenprune import prune
 from tokenprune.core import signal
 from tokenprune.core.registry import METHODS, find_method, list_methods
 from tokenprune.core.signal import Signal
+from tokenprune.testing.tiny import build
 
 PAGE = (Path(__file__).parent.parent / "docs" / "writing-methods.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

@@ -15,6 +15,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import AttentionInterface
 
+from tests.contract.beams import failure_of_beams
 from tests.contract.cases import (
     CASES,
     COMBINED,
@@ -31,11 +32,19 @@ from tests.contract.cases import (
     refusal,
     uses,
 )
-from tests.contract.harness import (
+from tests.contract.memory import Watch
+from tokenprune import prune
+from tokenprune.adapters.base import adapter_for, list_models
+from tokenprune.core.context import Candidates
+from tokenprune.core.recipe import Recipe
+from tokenprune.core.registry import list_methods
+from tokenprune.core.site import Cache, Input, Layer
+from tokenprune.engine.cache import CACHE_NAME
+from tokenprune.errors import TokenPruneError, UnsupportedModelError
+from tokenprune.testing.harness import (
     NEW_TOKENS,
     Run,
     assert_matches_oracle,
-    failure_of_beams,
     generate,
     logits_of,
     model_of,
@@ -46,19 +55,10 @@ from tests.contract.harness import (
     unpruned,
     windows_of,
 )
-from tests.contract.memory import Watch
-from tests.contract.oracle import assert_close, dense_logits, positions_logged
-from tests.contract.snapshot import snapshot
-from tests.releases import OLD
-from tests.tiny import FAMILIES, NAMES, PAD, decoder_of
-from tokenprune import prune
-from tokenprune.adapters.base import adapter_for, list_models
-from tokenprune.core.context import Candidates
-from tokenprune.core.recipe import Recipe
-from tokenprune.core.registry import list_methods
-from tokenprune.core.site import Cache, Input, Layer
-from tokenprune.engine.cache import CACHE_NAME
-from tokenprune.errors import TokenPruneError, UnsupportedModelError
+from tokenprune.testing.oracle import assert_close, dense_logits, positions_logged
+from tokenprune.testing.snapshot import snapshot
+from tokenprune.testing.tiny import FAMILIES, NAMES, PAD, decoder_of
+from tokenprune.testing.tiny.releases import OLD
 
 OF_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 """Inputs with one entry a token; others have one an image, clip or sound."""

@@ -21,7 +21,6 @@ from tests.contract import test_contracts as contracts
 from tests.contract import test_signals as signals
 from tests.contract import test_stages as stages
 from tests.contract.cases import EVERYWHERE
-from tests.contract.harness import forget_pruned_runs
 from tokenprune.adapters.base import Item
 from tokenprune.adapters.llava_next import LlavaNext
 from tokenprune.adapters.qwen2_5_vl import Qwen2_5VL
@@ -42,6 +41,7 @@ from tokenprune.engine.schedule import Schedule
 from tokenprune.engine.signals import Collector
 from tokenprune.engine.views import StreamedView
 from tokenprune.methods import baselines
+from tokenprune.testing.harness import forget_pruned_runs
 
 Check = Callable[[], None]
 Fault = Callable[[pytest.MonkeyPatch], Callable[[], None] | None]

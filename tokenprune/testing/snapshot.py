@@ -8,6 +8,8 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+__all__ = ["snapshot"]
+
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_always_called",

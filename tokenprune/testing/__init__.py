@@ -1,0 +1,1 @@
+"""Contracts for methods and adapters of other packages, on tiny random models."""
