@@ -51,7 +51,9 @@ from tokenprune.testing.harness import (
     prompt_of,
     pruned,
     replay_of,
+    same,
     sample_of,
+    second_turn,
     unpruned,
     windows_of,
 )
@@ -65,13 +67,6 @@ OF_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 over_product = pytest.mark.parametrize("name, recipe", product())
 in_use = pytest.mark.parametrize("name, recipe", uses())
-
-
-def same(one: Any, other: Any) -> bool:
-    """Bit-identical generations."""
-    return torch.equal(one.sequences, other.sequences) and torch.equal(
-        logits_of(one), logits_of(other)
-    )
 
 
 # -- the suite itself
@@ -498,20 +493,6 @@ def test_several_return_sequences_match_the_oracle(name: str, recipe: str) -> No
         replay = replay_of(one, recipe, sample_of(report.calls, row), 1, len(sequence))
         expected = dense_logits(one.model, inputs, sequence[None], replay, positions)
         assert_close(logits_of(output)[row], expected[0, -NEW_TOKENS:])
-
-
-def second_turn(one: Any, inputs: dict[str, Any]) -> Any:
-    """Answer, then answer a further question with the cache of the first."""
-    first = generate(one, inputs)
-    generator = torch.Generator().manual_seed(9)
-    question = torch.randint(5, 140, (len(first.sequences), 5), generator=generator)
-    tokens = torch.cat([first.sequences, question], dim=1)
-    grown = tokens.shape[1] - inputs["input_ids"].shape[1]
-    more = {"input_ids": tokens}
-    more["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (0, grown), value=1)
-    if "mm_token_type_ids" in inputs:
-        more["mm_token_type_ids"] = nn.functional.pad(inputs["mm_token_type_ids"], (0, grown))
-    return generate(one, more, **{CACHE_NAME: first.past_key_values}), tokens.shape[1]
 
 
 @pytest.mark.parametrize("name, recipe", uses(names=tuple(FAMILIES)))

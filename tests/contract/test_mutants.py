@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -42,24 +41,11 @@ from tokenprune.engine.signals import Collector
 from tokenprune.engine.views import StreamedView
 from tokenprune.methods import baselines
 from tokenprune.testing.harness import forget_pruned_runs
-
-Check = Callable[[], None]
-Fault = Callable[[pytest.MonkeyPatch], Callable[[], None] | None]
-"""Puts the fault in place; returns what cleans up after it, if undoing the patch is not enough."""
+from tokenprune.testing.mutants import Mutants
 
 INPUT, LAYERS, CACHE = "random(keep=0.5)", "random(keep=0.6 at=1)", "random(keep=0.5 at=cache)"
-MUTANTS: dict[str, tuple[Fault, Check]] = {}
-
-
-def caught_by(contract: Callable[..., None], *args: Any) -> Callable[[Fault], Fault]:
-    """Register a fault with the contract that must see it."""
-
-    def register(fault: Fault) -> Fault:
-        MUTANTS[fault.__name__] = (fault, partial(contract, *args))
-        return fault
-
-    return register
-
+MUTANTS = Mutants(forget=forget_pruned_runs)
+caught_by = MUTANTS.caught_by
 
 attention_at_caches = signals.test_attention_at_caches_is_that_of_the_dense_model
 attention_at_layers = signals.test_attention_at_layers_is_that_of_the_dense_model
@@ -614,19 +600,8 @@ def hooks_stay_after_an_exception(patch: pytest.MonkeyPatch) -> Callable[[], Non
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fault, check = MUTANTS[name]
-    check()
-    forget_pruned_runs()  # runs of the sound engine
-    with monkeypatch.context() as patch:
-        clean = fault(patch)
-        try:
-            with pytest.raises(AssertionError):
-                check()
-        finally:
-            forget_pruned_runs()  # runs of the mutant
-            if clean is not None:
-                clean()
+def test_mutant_is_caught(name: str) -> None:
+    MUTANTS.check(name)
 
 
 def test_there_are_enough_mutants() -> None:

@@ -10,7 +10,6 @@ import torch
 
 from tests.contract.cases import MROPE, NAMES, SOUND_ONLY, drawn
 from tests.contract.doubles import Absorb, Nothing
-from tests.contract.test_contracts import second_turn
 from tokenprune import prune
 from tokenprune.adapters.base import adapter_for
 from tokenprune.core.layout import MODALITIES, Modality
@@ -23,6 +22,7 @@ from tokenprune.testing.harness import (
     model_of,
     prompt_of,
     replay_of,
+    second_turn,
     unpruned,
     windows_of,
 )

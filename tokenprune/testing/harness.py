@@ -9,11 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.adapters.base import adapter_for
 from tokenprune.core.layout import MODALITIES
 from tokenprune.core.recipe import Recipe
+from tokenprune.engine.cache import CACHE_NAME
 from tokenprune.engine.patch import prune
 from tokenprune.testing import tiny
 from tokenprune.testing.oracle import (
@@ -37,7 +38,9 @@ __all__ = [
     "prompt_of",
     "pruned",
     "replay_of",
+    "same",
     "sample_of",
+    "second_turn",
     "unpruned",
     "windows_of",
 ]
@@ -84,12 +87,37 @@ def logits_of(output: Any) -> Tensor:
     return torch.stack(output.logits, dim=1)
 
 
+def same(one: Any, other: Any) -> bool:
+    """Whether two generations are bit-identical."""
+    return torch.equal(one.sequences, other.sequences) and torch.equal(
+        logits_of(one), logits_of(other)
+    )
+
+
+def second_turn(one: tiny.Tiny, inputs: Mapping[str, Any]) -> tuple[Any, int]:
+    """Answer, then answer a further question with the cache of the first.
+
+    Returns:
+        The second generation, and the length of its prompt.
+    """
+    first = generate(one, inputs)
+    generator = torch.Generator().manual_seed(9)
+    question = torch.randint(5, 140, (len(first.sequences), 5), generator=generator)
+    tokens = torch.cat([first.sequences, question], dim=1)
+    grown = tokens.shape[1] - inputs["input_ids"].shape[1]
+    more = {"input_ids": tokens}
+    more["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (0, grown), value=1)
+    if "mm_token_type_ids" in inputs:
+        more["mm_token_type_ids"] = nn.functional.pad(inputs["mm_token_type_ids"], (0, grown))
+    return generate(one, more, **{CACHE_NAME: first.past_key_values}), tokens.shape[1]
+
+
 @dataclass(frozen=True)
 class Run:
     """A generation, pruned or not."""
 
     one: tiny.Tiny
-    recipe: str
+    recipe: str | Recipe
     inputs: dict[str, Any]
     output: Any
     calls: list[Any]
