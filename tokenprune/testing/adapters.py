@@ -76,7 +76,7 @@ def check_adapter(
             "model as before": case.check_traces,
         }
         for check, function in checks.items():
-            outcomes.run(what, kind, check, function)
+            outcomes.run(kind, check, function)
     return outcomes
 
 

@@ -19,7 +19,7 @@ def check_layout(layout: TokenLayout) -> None:
     for what in ("item", "canvas"):
         numbers = _distinct(getattr(layout, what))
         counted = list(range(len(numbers)))
-        hold(numbers == counted, f"{what}s are numbered {some(numbers)}, not {some(counted)}")
+        hold(numbers == counted, f"{what} numbers are {some(numbers)}, not {some(counted)}")
     hold(bool((layout.position.diff() > 0).all()), "positions do not increase")
     for canvas in _distinct(layout.canvas):
         on = layout[layout.canvas == canvas]

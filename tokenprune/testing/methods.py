@@ -123,7 +123,7 @@ def _check_family(
         of_logits = ("model as before", "everything kept", "oracle", "oracle, batch")
         for check, function in checks.items():
             if not number or check in of_logits:
-                outcomes.run(str(recipe), name, check + suffix, function)
+                outcomes.run(name, check + suffix, function)
 
 
 class _Case:
@@ -202,6 +202,7 @@ class _Case:
 
     def check_again(self) -> None:
         first = self.run("alone")
+        self.run("second")
         disturb(2)
         again = self._run("alone", self.recipe)
         _compare(first.calls, again.calls, "the second time")

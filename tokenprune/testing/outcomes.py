@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from tokenprune.errors import UnsupportedModelError, first_line
+from tokenprune.errors import first_line
 
 __all__ = ["PASSED", "Outcomes", "Row", "failing", "hold", "some"]
 
@@ -20,7 +20,8 @@ class Row:
     Attributes:
         family: The tiny model, or the model's type.
         check: What was checked; "all" if nothing could be.
-        outcome: "passed", "refused: ..." or "left out: ..."; what fails raises instead.
+        outcome: "passed", "left out: ..." or, if nothing could be checked, "refused: ...". What
+            fails raises instead.
     """
 
     family: str
@@ -52,11 +53,10 @@ class Outcomes:
             one.family: one.outcome.partition(": ")[2] for one in self.rows if one.check == "all"
         }
 
-    def run(self, what: str, family: str, check: str, function: Callable[[], str | None]) -> None:
+    def run(self, family: str, check: str, function: Callable[[], str | None]) -> None:
         """Run a check and note its outcome.
 
         Args:
-            what: What is checked, as failures name it.
             family: On what.
             check: The name of the check.
             function: The check; it returns why it was left out, or None.
@@ -64,12 +64,9 @@ class Outcomes:
         Raises:
             AssertionError: It failed.
         """
-        with failing(what, family, check):
-            try:
-                left_out = function()
-                outcome = PASSED if left_out is None else f"left out: {left_out}"
-            except UnsupportedModelError as error:
-                outcome = f"refused: {first_line(error)}"
+        with failing(self.what, family, check):
+            left_out = function()
+        outcome = PASSED if left_out is None else f"left out: {left_out}"
         self.rows.append(Row(family, check, outcome))
 
     def __str__(self) -> str:
