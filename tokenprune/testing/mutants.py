@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,7 @@ def assert_caught(fault: Fault, check: Check, forget: Callable[[], None] | None 
     raise AssertionError(f"the fault {getattr(fault, '__name__', fault)} was not seen")
 
 
-class Mutants:
+class Mutants(Collection[str]):
     """Faults by name, each with the check that must see it.
 
     ```python
@@ -83,6 +83,9 @@ class Mutants:
 
     def __len__(self) -> int:
         return len(self._faults)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._faults
 
     def caught_by(self, check: Callable[..., object], *args: Any) -> Callable[[Fault], Fault]:
         """Register a fault, as a decorator, with the check that must see it.
