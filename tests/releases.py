@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import re
 
-import transformers
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-__all__ = ["NEWEST", "OLD", "QUIRKS", "RELEASE", "UNUSABLE", "WARNINGS", "WATCHER", "quirk"]
+from tokenprune.testing.tiny.releases import OLD, RELEASE
 
-RELEASE = Version(transformers.__version__)
+__all__ = ["NEWEST", "QUIRKS", "WARNINGS", "WATCHER", "quirk"]
+
 NEWEST = Version("5.23")
 """From here on nothing is known to be wrong but what `contract/cases.py` lists."""
-OLD = RELEASE < Version("5.10")
-"""Whether this is one of the releases for which tiny models and prompts are built otherwise."""
 
 WATCHER = "qwen3_vl" if OLD else "qwen2_5_vl"
 """A family whose tokens have three positions each, and whose clips are watched in groups."""
-
-UNUSABLE: dict[str, str] = {}
-"""Families that the release at hand cannot build, or whose prompts it cannot take: why."""
-if OLD:
-    UNUSABLE["aya_vision"] = "transformers refuses its own default for use_cache of Cohere 2"
-    UNUSABLE["granite_speech"] = "transformers takes one sound a prompt, and these hold two"
 
 WARNINGS: list[str] = []
 """What the release at hand warns of by itself, as pytest filters it."""

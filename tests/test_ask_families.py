@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from tests.checkpoints import HEARING, SEEING, WATCHING
-from tests.tiny import decoder_of
 from tokenprune import prune
 from tokenprune.core.layout import AUDIO, VIDEO
 from tokenprune.media import Timings, Video, VideoInfo
@@ -19,6 +18,7 @@ from tokenprune.models.load import load_model
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.models.media import Media
 from tokenprune.models.processors import frame_size
+from tokenprune.testing.tiny import decoder_of
 
 BOTH = [name for name in HEARING if name in SEEING]
 # A model that only hears takes the sound track of a video.

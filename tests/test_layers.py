@@ -25,7 +25,7 @@ FLOORS: list[set[str]] = [
     {"plan"},
     {"eval"},
     {"demos"},
-    {"cli"},
+    {"cli", "testing"},
 ]
 """Rooms from the ground up; `docs/architecture.md` draws them. Those of one floor are strangers."""
 
@@ -41,8 +41,8 @@ SPECIALISTS: dict[str, set[str]] = {
     "import matplotlib": {"report", "eval"},
     "import typer": {"cli", "demos", "eval"},
     "transformers.cache_utils": {"engine", "session", "plan"},
-    "register_forward_": {"engine", "eval"},
-    "ALL_ATTENTION_FUNCTIONS": {"engine"},
+    "register_forward_": {"engine", "eval", "testing"},
+    "ALL_ATTENTION_FUNCTIONS": {"engine", "testing"},
 }
 
 

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 import tokenprune
-from tokenprune import media, methods
+from tokenprune import media, methods, testing
 
 
 def modules() -> list[str]:
@@ -49,7 +49,7 @@ def test_exports_are_sorted_and_exist(name):
 
 
 @pytest.mark.parametrize(
-    "package", [tokenprune, media, methods], ids=lambda package: package.__name__
+    "package", [tokenprune, media, methods, testing], ids=lambda package: package.__name__
 )
 def test_a_lazy_package_gives_what_it_lists(package):
     where = names_for_type_checkers(package)
@@ -67,7 +67,7 @@ def test_a_lazy_package_gives_what_it_lists(package):
 
 
 @pytest.mark.parametrize(
-    "package", [tokenprune, media, methods], ids=lambda package: package.__name__
+    "package", [tokenprune, media, methods, testing], ids=lambda package: package.__name__
 )
 def test_no_module_hides_a_name(package):
     """`import tokenprune.asking` sets `tokenprune.asking`: `ask` must not be such a module."""

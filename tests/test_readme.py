@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import build
 from tokenprune import list_methods, list_models, prune
 from tokenprune.core.registry import METHODS
 from tokenprune.core.site import Cache
 from tokenprune.core.stage import Method
 from tokenprune.eval.mini.sample import write_sample
+from tokenprune.testing.tiny import build
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)

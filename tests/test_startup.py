@@ -46,7 +46,7 @@ def imported_by_command(*arguments: object) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".catalog", ".cli.app", ".errors", ".media", ".methods", ".models"]
+    "name", ["", ".catalog", ".cli.app", ".errors", ".media", ".methods", ".models", ".testing"]
 )
 def test_imports_are_light(name: str) -> None:
     assert not HEAVY & imported(f"import tokenprune{name}")

@@ -18,10 +18,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.contract.beams import failure_of_beams
 from tests.contract.cases import NO_BEAMS, SOUND_ONLY, TORN_BY_BEAMS
-from tests.contract.harness import failure_of_beams
-from tests.releases import NEWEST, RELEASE
-from tests.tiny import (
+from tests.releases import NEWEST
+from tokenprune import prune
+from tokenprune.adapters.base import Adapter, MediaCall, adapter_for, list_models
+from tokenprune.adapters.qwen2_audio import audio_items
+from tokenprune.core.layout import AUDIO, MODALITIES, VIDEO, TokenLayout
+from tokenprune.core.layout import IMAGE as PICTURE
+from tokenprune.engine.layouts import lay_out
+from tokenprune.errors import UnsupportedModelError
+from tokenprune.testing.tiny import (
     FAMILIES,
     IMAGE,
     NAMES,
@@ -33,15 +40,9 @@ from tests.tiny import (
     family_of,
     pad_batch,
 )
-from tests.tiny.grids import VIDEO_END, VIDEO_START
-from tests.tiny.tiles import GLOBAL
-from tokenprune import prune
-from tokenprune.adapters.base import Adapter, MediaCall, adapter_for, list_models
-from tokenprune.adapters.qwen2_audio import audio_items
-from tokenprune.core.layout import AUDIO, MODALITIES, VIDEO, TokenLayout
-from tokenprune.core.layout import IMAGE as PICTURE
-from tokenprune.engine.layouts import lay_out
-from tokenprune.errors import UnsupportedModelError
+from tokenprune.testing.tiny.grids import VIDEO_END, VIDEO_START
+from tokenprune.testing.tiny.releases import RELEASE
+from tokenprune.testing.tiny.tiles import GLOBAL
 
 CHANNELS = 4
 CLASS_TOKEN = 999.0

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from tests.adapters.test_adapters import layouts, watching
 from tests.contract.cases import SOUND_ONLY
-from tests.releases import OLD, UNUSABLE
-from tests.tiny import AUDIO as PLACEHOLDER
-from tests.tiny import NAMES, Tiny, build, decoder_of, family_of
 from tokenprune import prune
 from tokenprune.adapters._audio import MEL_SECONDS
 from tokenprune.adapters.base import adapter_for
 from tokenprune.core.layout import AUDIO, TokenLayout
 from tokenprune.errors import UnsupportedModelError
+from tokenprune.testing.tiny import AUDIO as PLACEHOLDER
+from tokenprune.testing.tiny import NAMES, Tiny, build, decoder_of, family_of
+from tokenprune.testing.tiny.releases import OLD, UNUSABLE
 
 
 @dataclass(frozen=True)

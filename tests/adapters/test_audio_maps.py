@@ -20,10 +20,6 @@ from torch import Tensor, nn
 from tests.adapters.test_adapters import CHANNELS, passed_on, watching
 from tests.adapters.test_audio_layouts import EARS
 from tests.contract.doubles import Spy, Viewed
-from tests.releases import OLD, UNUSABLE
-from tests.tiny import AUDIO, Tiny, build, decoder_of, family_of
-from tests.tiny.base import noise, prompt
-from tests.tiny.hearing import mask_of
 from tokenprune import prune
 from tokenprune.adapters.base import Adapter, MediaCall, adapter_for
 from tokenprune.core.context import EncoderView
@@ -33,6 +29,10 @@ from tokenprune.core.site import Input
 from tokenprune.engine import encoders, views
 from tokenprune.engine.layouts import lay_out
 from tokenprune.report.report import Report
+from tokenprune.testing.tiny import AUDIO, Tiny, build, decoder_of, family_of
+from tokenprune.testing.tiny.base import noise, prompt
+from tokenprune.testing.tiny.hearing import mask_of
+from tokenprune.testing.tiny.releases import OLD, UNUSABLE
 
 BLOCKS = {name: f"{ear.blocks}.1" for name, ear in EARS.items()}
 """The last block of each tower."""

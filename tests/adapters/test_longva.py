@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from tests.checkpoints.base import tokenizer
 from tests.checkpoints.llava_kin import save_longva_tower, save_original_longva
-from tests.tiny import IMAGE, VIDEO, VOCABULARY, build
 from tokenprune import prune
 from tokenprune.adapters._longva_processor import LongVAProcessor
 from tokenprune.adapters.longva import convert
@@ -31,6 +30,7 @@ from tokenprune.errors import TokenPruneError, UnsupportedModelError
 from tokenprune.models.convert import find_converter
 from tokenprune.models.load import load_model
 from tokenprune.models.media import Media
+from tokenprune.testing.tiny import IMAGE, VIDEO, VOCABULARY, build
 
 
 @pytest.fixture

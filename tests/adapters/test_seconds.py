@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.checkpoints import SEEING
 from tests.contract.test_sessions import REFUSED
 from tests.media.clips import encode, x264
-from tests.releases import NEWEST, RELEASE
+from tests.releases import NEWEST
 from tokenprune import Session, prune
 from tokenprune.asking import ask
 from tokenprune.core.layout import TokenLayout
@@ -26,6 +26,7 @@ from tokenprune.models.load import load_model
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.plan.planning import plan
 from tokenprune.report.answer import Answer
+from tokenprune.testing.tiny.releases import RELEASE
 
 RATE = 2
 FRAMES = 5  # of 9; where two are joined the last one stands alone

@@ -12,14 +12,14 @@ import torch
 import transformers
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
-from tests.contract.snapshot import snapshot
-from tests.tiny import FAMILIES, build
-from tests.tiny.base import clip, text_config
 from tokenprune import prune
 from tokenprune.adapters._support import check_architecture
 from tokenprune.adapters.base import adapter_for, list_models
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.models.load import load_model
+from tokenprune.testing.snapshot import snapshot
+from tokenprune.testing.tiny import FAMILIES, build
+from tokenprune.testing.tiny.base import clip, text_config
 
 HYBRID = {
     "layer_types": ["linear_attention", "full_attention"],

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.checkpoints.base import SPECIAL, Maker, Saver
-from tests.tiny import build
 from tokenprune.models.load import load_model
 from tokenprune.models.loaded import LoadedModel
+from tokenprune.testing.tiny import build
 
 __all__ = ["CHECKPOINTS", "HEARING", "SEEING", "WATCHING", "loader", "save_checkpoint"]
 

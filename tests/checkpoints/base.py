@@ -10,7 +10,7 @@ import transformers
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
-from tests.tiny import PAD, VOCABULARY
+from tokenprune.testing.tiny import PAD, VOCABULARY
 
 SPECIAL = {PAD: "<pad>", 1: "<s>", 2: "</s>", 3: "<unk>"}
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}

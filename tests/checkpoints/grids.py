@@ -8,8 +8,8 @@ import transformers
 
 from tests.checkpoints.base import HALF, Maker, chat, tokenizer
 from tests.checkpoints.qwen import CHECKPOINTS as OF_QWEN
-from tests.tiny import IMAGE, VIDEO, VISION_END, VISION_START
-from tests.tiny.grids import VIDEO_END, VIDEO_START
+from tokenprune.testing.tiny import IMAGE, VIDEO, VISION_END, VISION_START
+from tokenprune.testing.tiny.grids import VIDEO_END, VIDEO_START
 
 _LIMITS = {"shortest_edge": 4 * 28 * 28, "longest_edge": 24 * 28 * 28}
 """Pixels of an image."""

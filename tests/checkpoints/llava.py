@@ -7,7 +7,7 @@ from typing import Any
 import transformers
 
 from tests.checkpoints.base import HALF, IMAGENET, Maker, chat, shortest, square, tokenizer
-from tests.tiny import IMAGE, PINPOINTS, VIDEO, VISION_END, VISION_START
+from tokenprune.testing.tiny import IMAGE, PINPOINTS, VIDEO, VISION_END, VISION_START
 
 
 def _llava() -> Any:

@@ -11,9 +11,9 @@ import transformers
 from safetensors.torch import save_file
 
 from tests.checkpoints.base import HALF, Maker, Saver, chat, shortest, square, tokenizer
-from tests.tiny import IMAGE, VIDEO, VISION_END, VISION_START
-from tests.tiny.llava_kin import BREAK, TILE, TILE_GLOBAL
 from tokenprune.adapters.longva import convert
+from tokenprune.testing.tiny import IMAGE, VIDEO, VISION_END, VISION_START
+from tokenprune.testing.tiny.llava_kin import BREAK, TILE, TILE_GLOBAL
 
 
 def _vipllava() -> Any:

@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import save_file
 
 from tests.checkpoints.base import HALF, Maker, Saver, chat, ear, tokenizer
-from tests.tiny import (
+from tokenprune.testing.tiny import (
     AUDIO,
     AUDIO_END,
     AUDIO_START,

@@ -9,8 +9,8 @@ from typing import Any
 import transformers
 
 from tests.checkpoints.base import HALF, Maker, Saver, chat, square, tokenizer
-from tests.tiny import IMAGE, VIDEO, VISION_END, VISION_START
-from tests.tiny.tiles import AROUND, GLOBAL, place
+from tokenprune.testing.tiny import IMAGE, VIDEO, VISION_END, VISION_START
+from tokenprune.testing.tiny.tiles import AROUND, GLOBAL, place
 
 _END_OF_UTTERANCE = 149
 _TILED = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
-from tests.contract.oracle import Replay, dense_logits
-from tests.tiny import decoder_of
+from tokenprune.testing.oracle import Replay, dense_logits
+from tokenprune.testing.tiny import decoder_of
 
 NAME = "plain_lists"
 """What the attention is registered as, while it is."""

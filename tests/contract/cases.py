@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import FAMILIES, NAMES, family_of
+from tokenprune.testing.tiny import FAMILIES, NAMES, family_of
 
 CASES: dict[str, list[str]] = {
     "random": [

@@ -14,15 +14,24 @@ import torch
 from torch import Tensor
 
 from tests.contract.cases import EVERYWHERE
-from tests.contract.harness import generate, model_of
-from tests.contract.oracle import assert_close
-from tests.contract.snapshot import snapshot
-from tests.releases import NEWEST, RELEASE
-from tests.tiny import AUDIO, AUDIO_END, AUDIO_START, IMAGE, PAD, VISION_END, VISION_START
-from tests.tiny.base import merged, noise, patches
-from tests.tiny.hearing import mask_of
+from tests.releases import NEWEST
 from tokenprune import prune
 from tokenprune.errors import UnsupportedModelError
+from tokenprune.testing.harness import generate, model_of
+from tokenprune.testing.oracle import assert_close
+from tokenprune.testing.snapshot import snapshot
+from tokenprune.testing.tiny import (
+    AUDIO,
+    AUDIO_END,
+    AUDIO_START,
+    IMAGE,
+    PAD,
+    VISION_END,
+    VISION_START,
+)
+from tokenprune.testing.tiny.base import merged, noise, patches
+from tokenprune.testing.tiny.hearing import mask_of
+from tokenprune.testing.tiny.releases import RELEASE
 
 Media = dict[str, Tensor]
 Maker = Callable[[list[int], list[torch.Generator]], tuple[list[list[int]], Media]]

@@ -17,22 +17,9 @@ from tests.contract import test_sessions
 from tests.contract.cache_oracle import replayed_logits
 from tests.contract.cases import drawn
 from tests.contract.doubles import Absorb, Fold, Spy
-from tests.contract.harness import (
-    NEW_TOKENS,
-    generate,
-    logits_of,
-    model_of,
-    prompt_of,
-    replay_of,
-    sample_of,
-    unpruned,
-    windows_of,
-)
-from tests.contract.oracle import Replay, assert_close, positions_logged, read_decisions
 from tests.contract.test_contracts import OF_TEXT, beam_kinds, flash, second_turn, shifted
 from tests.contract.test_sessions import ask, same
 from tests.contract.test_stages import FEW, families
-from tests.tiny import FAMILIES, decoder_of
 from tokenprune import Session, prune
 from tokenprune.adapters.base import adapter_for
 from tokenprune.core.context import Context
@@ -46,6 +33,19 @@ from tokenprune.engine.cache import CACHE_NAME
 from tokenprune.engine.rows import Attended, attention_rows
 from tokenprune.errors import RecipeError, UnsupportedModelError
 from tokenprune.plan.forecast import Prompt, forecast
+from tokenprune.testing.harness import (
+    NEW_TOKENS,
+    generate,
+    logits_of,
+    model_of,
+    prompt_of,
+    replay_of,
+    sample_of,
+    unpruned,
+    windows_of,
+)
+from tokenprune.testing.oracle import Replay, assert_close, positions_logged, read_decisions
+from tokenprune.testing.tiny import FAMILIES, decoder_of
 
 FOLDS = {
     "alike": Fold(),

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from tests.contract.cases import SOUND_ONLY
 from tests.contract.doubles import Spy
-from tests.contract.harness import model_of, prompt_of
-from tests.contract.oracle import assert_close
-from tests.tiny import FAMILIES
 from tokenprune import prune
 from tokenprune.adapters.base import adapter_for
 from tokenprune.core.signal import EncoderSignal, Keys
 from tokenprune.core.site import Cache, Input
+from tokenprune.testing.harness import model_of, prompt_of
+from tokenprune.testing.oracle import assert_close
+from tokenprune.testing.tiny import FAMILIES
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -16,6 +16,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import AttentionInterface
 
+from tests.contract.beams import failure_of_beams
 from tests.contract.cases import (
     CASES,
     COMBINED,
@@ -32,26 +33,7 @@ from tests.contract.cases import (
     refusal,
     uses,
 )
-from tests.contract.harness import (
-    NEW_TOKENS,
-    Run,
-    assert_matches_oracle,
-    failure_of_beams,
-    generate,
-    logits_of,
-    model_of,
-    prompt_of,
-    pruned,
-    replay_of,
-    sample_of,
-    unpruned,
-    windows_of,
-)
 from tests.contract.memory import Watch
-from tests.contract.oracle import assert_close, dense_logits, positions_logged
-from tests.contract.snapshot import snapshot
-from tests.releases import OLD
-from tests.tiny import FAMILIES, NAMES, PAD, decoder_of
 from tokenprune import prune
 from tokenprune.adapters.base import adapter_for, list_models
 from tokenprune.core.context import Candidates
@@ -60,19 +42,32 @@ from tokenprune.core.registry import list_methods
 from tokenprune.core.site import Cache, Input, Layer
 from tokenprune.engine.cache import CACHE_NAME
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
+from tokenprune.testing.harness import (
+    NEW_TOKENS,
+    Run,
+    assert_matches_oracle,
+    generate,
+    logits_of,
+    model_of,
+    prompt_of,
+    pruned,
+    replay_of,
+    same,
+    sample_of,
+    second_turn,
+    unpruned,
+    windows_of,
+)
+from tokenprune.testing.oracle import assert_close, dense_logits, positions_logged
+from tokenprune.testing.snapshot import snapshot
+from tokenprune.testing.tiny import FAMILIES, NAMES, PAD, decoder_of
+from tokenprune.testing.tiny.releases import OLD
 
 OF_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 """Inputs with one entry a token; others have one an image, clip or sound."""
 
 over_product = pytest.mark.parametrize("name, recipe", product())
 in_use = pytest.mark.parametrize("name, recipe", uses())
-
-
-def same(one: Any, other: Any) -> bool:
-    """Bit-identical generations."""
-    return torch.equal(one.sequences, other.sequences) and torch.equal(
-        logits_of(one), logits_of(other)
-    )
 
 
 # -- the suite itself
@@ -503,20 +498,6 @@ def test_several_return_sequences_match_the_oracle(name: str, recipe: str) -> No
         replay = replay_of(one, recipe, sample_of(report.calls, row), 1, len(sequence))
         expected = dense_logits(one.model, inputs, sequence[None], replay, positions)
         assert_close(logits_of(output)[row], expected[0, -NEW_TOKENS:])
-
-
-def second_turn(one: Any, inputs: dict[str, Any]) -> Any:
-    """Answer, then answer a further question with the cache of the first."""
-    first = generate(one, inputs)
-    generator = torch.Generator().manual_seed(9)
-    question = torch.randint(5, 140, (len(first.sequences), 5), generator=generator)
-    tokens = torch.cat([first.sequences, question], dim=1)
-    grown = tokens.shape[1] - inputs["input_ids"].shape[1]
-    more = {"input_ids": tokens}
-    more["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (0, grown), value=1)
-    if "mm_token_type_ids" in inputs:
-        more["mm_token_type_ids"] = nn.functional.pad(inputs["mm_token_type_ids"], (0, grown))
-    return generate(one, more, **{CACHE_NAME: first.past_key_values}), tokens.shape[1]
 
 
 @pytest.mark.parametrize("name, recipe", uses(names=tuple(FAMILIES)))

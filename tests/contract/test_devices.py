@@ -11,15 +11,15 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 
-from tests import tiny
 from tests.contract.cases import COMBINED, EVERYWHERE, THREE, refusal
 from tests.contract.devices import FIRST, HOST, SECOND, Devices, device_of, place, place_module
-from tests.contract.harness import generate, logits_of, prompt_of, pruned
-from tests.tiny import FAMILIES, decoder_of
 from tokenprune import Session, prune
 from tokenprune.engine.cache import CACHE_NAME
 from tokenprune.engine.state import cache_from_state, cache_state
 from tokenprune.models.load import load_model
+from tokenprune.testing import tiny
+from tokenprune.testing.harness import generate, logits_of, prompt_of, pruned
+from tokenprune.testing.tiny import FAMILIES, decoder_of
 
 SHORT = (*THREE, "gemma3", "qwen3_vl")
 """With windows, and with features that early layers add."""

@@ -12,7 +12,7 @@ from accelerate import cpu_offload, disk_offload
 from torch import Tensor
 from transformers import GenerationMixin
 
-from tests import tiny
+from tests.contract.beams import failure_of_beams
 from tests.contract.cases import (
     COMBINED,
     EVERYWHERE,
@@ -23,8 +23,12 @@ from tests.contract.cases import (
     keep_all,
     uses,
 )
-from tests.contract.harness import (
-    failure_of_beams,
+from tests.releases import NEWEST
+from tokenprune import prune
+from tokenprune.engine.cache import CACHE_NAME
+from tokenprune.errors import UnsupportedModelError
+from tokenprune.testing import tiny
+from tokenprune.testing.harness import (
     generate,
     logits_of,
     model_of,
@@ -33,16 +37,13 @@ from tests.contract.harness import (
     replay_of,
     unpruned,
 )
-from tests.contract.oracle import assert_close, dense_logits, positions_logged
-from tests.contract.snapshot import snapshot
-from tests.releases import NEWEST, OLD, RELEASE
-from tests.tiny import AUDIO, AUDIO_END, AUDIO_START, IMAGE, NAMES, VIDEO, decoder_of
-from tests.tiny import VISION_END as END
-from tests.tiny import VISION_START as START
-from tests.tiny.base import merged, noise, pad_batch, patches, prompt
-from tokenprune import prune
-from tokenprune.engine.cache import CACHE_NAME
-from tokenprune.errors import UnsupportedModelError
+from tokenprune.testing.oracle import assert_close, dense_logits, positions_logged
+from tokenprune.testing.snapshot import snapshot
+from tokenprune.testing.tiny import AUDIO, AUDIO_END, AUDIO_START, IMAGE, NAMES, VIDEO, decoder_of
+from tokenprune.testing.tiny import VISION_END as END
+from tokenprune.testing.tiny import VISION_START as START
+from tokenprune.testing.tiny.base import merged, noise, pad_batch, patches, prompt
+from tokenprune.testing.tiny.releases import OLD, RELEASE
 
 # -- several images, clips and sounds in one prompt
 

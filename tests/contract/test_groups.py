@@ -10,20 +10,7 @@ import pytest
 import torch
 
 from tests.contract.doubles import Absorb, Clean, Half, Nothing
-from tests.contract.harness import (
-    generate,
-    logits_of,
-    model_of,
-    prompt_of,
-    replay_of,
-    unpruned,
-    windows_of,
-)
-from tests.contract.oracle import assert_close, dense_logits, positions_logged
-from tests.contract.snapshot import snapshot
-from tests.contract.test_contracts import second_turn
 from tests.contract.test_stages import assert_oracle, families
-from tests.tiny import decoder_of
 from tokenprune import prune
 from tokenprune.adapters.base import adapter_for
 from tokenprune.core.group import Group
@@ -31,6 +18,19 @@ from tokenprune.core.recipe import Recipe
 from tokenprune.core.signal import Attention
 from tokenprune.core.site import Cache, Layer
 from tokenprune.errors import RecipeError
+from tokenprune.testing.harness import (
+    generate,
+    logits_of,
+    model_of,
+    prompt_of,
+    replay_of,
+    second_turn,
+    unpruned,
+    windows_of,
+)
+from tokenprune.testing.oracle import assert_close, dense_logits, positions_logged
+from tokenprune.testing.snapshot import snapshot
+from tokenprune.testing.tiny import decoder_of
 
 SIZES = ["groups(size=2)", "groups(size=4)", "groups(size=5 per=token)"]
 RECIPES = [

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests import tiny
 from tests.contract.cases import (
     COMBINED,
     EVERYWHERE,
@@ -19,14 +18,16 @@ from tests.contract.cases import (
     refusal,
     uses,
 )
-from tests.contract.harness import model_of, prompt_of, replay_of
-from tests.contract.oracle import Replay, assert_close, dense_logits
-from tests.contract.snapshot import snapshot
-from tests.releases import NEWEST, RELEASE
-from tests.tiny import FAMILIES, NAMES, Tiny
+from tests.releases import NEWEST
 from tokenprune import prune
 from tokenprune.engine.cache import CACHE_NAME
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
+from tokenprune.testing import tiny
+from tokenprune.testing.harness import model_of, prompt_of, replay_of
+from tokenprune.testing.oracle import Replay, assert_close, dense_logits
+from tokenprune.testing.snapshot import snapshot
+from tokenprune.testing.tiny import FAMILIES, NAMES, Tiny
+from tokenprune.testing.tiny.releases import RELEASE
 
 RECIPES = [EVERYWHERE, *ONE_PER_SITE, COMBINED[1]]
 

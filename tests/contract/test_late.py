@@ -8,17 +8,24 @@ import pytest
 import torch
 
 from tests.contract.doubles import Clean, Half, Nothing
-from tests.contract.harness import generate, logits_of, model_of, prompt_of, replay_of, windows_of
-from tests.contract.oracle import assert_close, dense_logits, positions_logged
 from tests.contract.test_contracts import OF_TEXT, second_turn
 from tests.contract.test_stages import assert_oracle, families
-from tests.tiny import decoder_of
 from tokenprune import prune
 from tokenprune.core.recipe import Recipe
 from tokenprune.core.signal import Attention, Hidden, Text
 from tokenprune.core.site import Cache, Input, Layer
 from tokenprune.engine.cache import CACHE_NAME
 from tokenprune.errors import RecipeError, UnsupportedModelError
+from tokenprune.testing.harness import (
+    generate,
+    logits_of,
+    model_of,
+    prompt_of,
+    replay_of,
+    windows_of,
+)
+from tokenprune.testing.oracle import assert_close, dense_logits, positions_logged
+from tokenprune.testing.tiny import decoder_of
 
 SEEN = [
     None,

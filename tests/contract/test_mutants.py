@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -24,7 +23,6 @@ from tests.contract import test_late as late
 from tests.contract import test_signals as signals
 from tests.contract import test_stages as stages
 from tests.contract.cases import EVERYWHERE
-from tests.contract.harness import forget_pruned_runs
 from tests.engine import test_sequence as sequences
 from tokenprune.adapters.base import Item
 from tokenprune.adapters.llava_next import LlavaNext
@@ -58,24 +56,12 @@ from tokenprune.engine.sequence import Sequence
 from tokenprune.engine.signals import Collector
 from tokenprune.engine.views import StreamedView
 from tokenprune.methods import baselines
-
-Check = Callable[[], None]
-Fault = Callable[[pytest.MonkeyPatch], Callable[[], None] | None]
-"""Puts the fault in place; returns what cleans up after it, if undoing the patch is not enough."""
+from tokenprune.testing.harness import forget_pruned_runs
+from tokenprune.testing.mutants import Mutants
 
 INPUT, LAYERS, CACHE = "random(keep=0.5)", "random(keep=0.6 at=1)", "random(keep=0.5 at=cache)"
-MUTANTS: dict[str, tuple[Fault, Check]] = {}
-
-
-def caught_by(contract: Callable[..., None], *args: Any) -> Callable[[Fault], Fault]:
-    """Register a fault with the contract that must see it."""
-
-    def register(fault: Fault) -> Fault:
-        MUTANTS[fault.__name__] = (fault, partial(contract, *args))
-        return fault
-
-    return register
-
+MUTANTS = Mutants(forget=forget_pruned_runs)
+caught_by = MUTANTS.caught_by
 
 attention_at_caches = signals.test_attention_at_caches_is_that_of_the_dense_model
 attention_at_layers = signals.test_attention_at_layers_is_that_of_the_dense_model
@@ -814,19 +800,8 @@ def state_not_rolled_back(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fault, check = MUTANTS[name]
-    check()
-    forget_pruned_runs()  # runs of the sound engine
-    with monkeypatch.context() as patch:
-        clean = fault(patch)
-        try:
-            with pytest.raises(AssertionError):
-                check()
-        finally:
-            forget_pruned_runs()  # runs of the mutant
-            if clean is not None:
-                clean()
+def test_mutant_is_caught(name: str) -> None:
+    MUTANTS.check(name)
 
 
 def test_there_are_enough_mutants() -> None:

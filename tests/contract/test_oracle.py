@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.contract.harness import (
+from tokenprune.testing.harness import (
     NEW_TOKENS,
     generate,
     logits_of,
@@ -15,14 +15,14 @@ from tests.contract.harness import (
     prompt_of,
     replay_of,
 )
-from tests.contract.oracle import (
+from tokenprune.testing.oracle import (
     Replay,
     assert_close,
     dense_logits,
     positions_logged,
     read_decisions,
 )
-from tests.tiny import FAMILIES, decoder_of
+from tokenprune.testing.tiny import FAMILIES, decoder_of
 
 
 def plain_run(name: str, kind: str = "alone", attention: str = "sdpa"):
@@ -45,7 +45,13 @@ def test_without_decisions_it_is_the_model(name: str, kind: str, attention: str)
 
 def decision(layer: int, kept: torch.Tensor, candidates: int, merge=None):
     return SimpleNamespace(
-        method="by hand", layer=layer, sample=0, kept=kept, candidates=candidates, merge=merge
+        method="by hand",
+        layer=layer,
+        sample=0,
+        kept=kept,
+        candidates=candidates,
+        merge=merge,
+        step=0,
     )
 
 

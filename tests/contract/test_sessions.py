@@ -14,14 +14,9 @@ from torch import Tensor
 
 from tests.checkpoints import CHECKPOINTS, SEEING
 from tests.contract.doubles import Half
-from tests.contract.harness import codes_of, generate, logits_of
 from tests.contract.memory import Watch
-from tests.contract.oracle import assert_close, dense_logits, positions_logged, read_decisions
-from tests.contract.snapshot import snapshot
 from tests.engine.test_sequence import Count
 from tests.engine.test_sequence import Counting as AnyCounting
-from tests.releases import OLD
-from tests.tiny import Tiny, decoder_of
 from tokenprune import Session
 from tokenprune.core.context import Lifetime
 from tokenprune.core.recipe import Recipe
@@ -34,6 +29,11 @@ from tokenprune.inputs import read_media
 from tokenprune.models.load import load_model
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.session.file import read as read_file
+from tokenprune.testing.harness import codes_of, generate, logits_of
+from tokenprune.testing.oracle import assert_close, dense_logits, positions_logged, read_decisions
+from tokenprune.testing.snapshot import snapshot
+from tokenprune.testing.tiny import Tiny, decoder_of
+from tokenprune.testing.tiny.releases import OLD
 
 QUESTION = "what is it?"
 FRAMES = 7  # with groups of 4 the last one is short, and odd where two frames are joined

@@ -17,12 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import tiny
 from tests.contract.cases import SOUND_ONLY
 from tests.contract.doubles import Spy, Viewed
-from tests.contract.harness import generate, model_of, prompt_of, replay_of, windows_of
-from tests.contract.oracle import Replay, assert_close, dense_run
-from tests.tiny import FAMILIES, decoder_of
 from tokenprune import prune
 from tokenprune.adapters.base import adapter_for
 from tokenprune.core.recipe import Recipe
@@ -42,6 +38,10 @@ from tokenprune.core.site import Cache, Input, Layer, Site
 from tokenprune.engine import rows
 from tokenprune.engine.cache import CACHE_NAME
 from tokenprune.errors import MediaError, RecipeError, UnsupportedModelError
+from tokenprune.testing import tiny
+from tokenprune.testing.harness import generate, model_of, prompt_of, replay_of, windows_of
+from tokenprune.testing.oracle import Replay, assert_close, dense_run
+from tokenprune.testing.tiny import FAMILIES, decoder_of
 
 FEW = ("llava_onevision", "qwen2_5_vl", "qwen2_audio", "gemma3", "qwen3_vl")
 BEFORE = ["none", "random(keep=0.6) + random(keep=0.7 at=1)"]

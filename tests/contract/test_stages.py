@@ -10,24 +10,24 @@ import torch
 
 from tests.contract.cases import MROPE, NAMES, SOUND_ONLY, drawn
 from tests.contract.doubles import Absorb, Nothing
-from tests.contract.harness import (
-    generate,
-    logits_of,
-    model_of,
-    prompt_of,
-    replay_of,
-    unpruned,
-    windows_of,
-)
-from tests.contract.oracle import assert_close, dense_logits, positions_logged
-from tests.contract.test_contracts import second_turn
-from tests.tiny import FAMILIES, decoder_of
 from tokenprune import prune
 from tokenprune.adapters.base import adapter_for
 from tokenprune.core.layout import MODALITIES, Modality
 from tokenprune.core.recipe import Recipe
 from tokenprune.core.site import Cache, Input, Layer, Site
 from tokenprune.errors import RecipeError
+from tokenprune.testing.harness import (
+    generate,
+    logits_of,
+    model_of,
+    prompt_of,
+    replay_of,
+    second_turn,
+    unpruned,
+    windows_of,
+)
+from tokenprune.testing.oracle import assert_close, dense_logits, positions_logged
+from tokenprune.testing.tiny import FAMILIES, decoder_of
 
 SITES = [Input(), Layer(0), Layer(2), Layer(4), Cache(), Cache((1, 4))]
 FEW = ("llava_onevision", "qwen2_5_vl", "qwen2_audio", "qwen3_vl")

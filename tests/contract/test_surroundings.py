@@ -8,9 +8,10 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 
-from tests import tiny
 from tests.contract.cases import COMBINED, EVERYWHERE, THREE, keep_all, refusal
-from tests.contract.harness import (
+from tokenprune import prune
+from tokenprune.testing import tiny
+from tokenprune.testing.harness import (
     generate,
     logits_of,
     model_of,
@@ -19,10 +20,9 @@ from tests.contract.harness import (
     replay_of,
     unpruned,
 )
-from tests.contract.oracle import assert_close, dense_logits
-from tests.contract.snapshot import snapshot
-from tests.tiny import FAMILIES, decoder_of
-from tokenprune import prune
+from tokenprune.testing.oracle import assert_close, dense_logits
+from tokenprune.testing.snapshot import snapshot
+from tokenprune.testing.tiny import FAMILIES, decoder_of
 
 
 def text_only(one: tiny.Tiny, length: int = 12) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from tests.distributions import ADAPTER, METHOD, Site, site, source
-from tests.tiny import build
 from tokenprune.adapters.base import ADAPTERS, adapter_for, find_adapter, list_models
 from tokenprune.catalog import Plugin, method_summaries
 from tokenprune.core.recipe import Recipe
@@ -19,6 +18,7 @@ from tokenprune.errors import RecipeError, UnsupportedModelError
 from tokenprune.methods.baselines import Random, Uniform
 from tokenprune.session.file import identity, write
 from tokenprune.session.session import Session
+from tokenprune.testing.tiny import build
 
 
 @pytest.fixture

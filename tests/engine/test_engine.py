@@ -15,7 +15,6 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.tiny import Tiny, build, decoder_of
 from tokenprune import Recipe, Selection, TokenPruneError, prune
 from tokenprune.adapters.base import adapter_for
 from tokenprune.core.budget import Budget
@@ -30,6 +29,7 @@ from tokenprune.engine.cache import CACHE_NAME
 from tokenprune.errors import RecipeError, UnsupportedModelError
 from tokenprune.methods.baselines import Random, Uniform
 from tokenprune.methods.vflowopt import VFlowOpt
+from tokenprune.testing.tiny import Tiny, build, decoder_of
 
 ALL_SITES = "vflowopt(keep=0.5) + random(keep=0.5 at=3) + plphp(keep=0.5)"
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-from tests.tiny import build, decoder_of
 from tokenprune import Session, ask, load_model, prune, read_media
 from tokenprune.eval.bench.gpu_answers import answer
 from tokenprune.eval.bench.gpu_models import TINY_SIGLIP, TINY_TEXT
 from tokenprune.eval.bench.random_models import build as build_large
 from tokenprune.eval.bench.random_models import llava_config, llava_inputs
+from tokenprune.testing.tiny import build, decoder_of
 
 RECIPE = "vflowopt(keep=0.5) + random(keep=0.7 at=2) + plphp(keep=0.5)"
 FAMILIES = ["llava_onevision", "qwen2_5_vl", "qwen3_vl"]

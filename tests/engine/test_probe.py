@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests import tiny
-from tests.contract.harness import generate, logits_of, prompt_of
-from tests.contract.snapshot import snapshot
-from tests.tiny import FAMILIES, Tiny, decoder_of
 from tokenprune.engine.cache import CACHE_NAME, cache_among
 from tokenprune.engine.hooks import switch_attention
 from tokenprune.engine.probe import Probe, Probed
 from tokenprune.errors import UnsupportedModelError
+from tokenprune.testing import tiny
+from tokenprune.testing.harness import generate, logits_of, prompt_of
+from tokenprune.testing.snapshot import snapshot
+from tokenprune.testing.tiny import FAMILIES, Tiny, decoder_of
 
 try:
     import peft

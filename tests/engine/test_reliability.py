@@ -34,19 +34,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.contract.cases import EVERYWHERE, THREE, drawn
-from tests.contract.harness import (
-    generate,
-    logits_of,
-    model_of,
-    prompt_of,
-    pruned,
-    replay_of,
-    unpruned,
-)
-from tests.contract.oracle import assert_close, dense_logits, positions_logged
-from tests.contract.snapshot import snapshot
 from tests.contract.test_contracts import foreign, repeated, static
-from tests.tiny import Tiny, decoder_of, pad_batch
 from tokenprune import Session, prune
 from tokenprune.adapters.base import Adapter, adapter_for
 from tokenprune.core.recipe import Recipe
@@ -59,6 +47,18 @@ from tokenprune.engine.patch import Patch
 from tokenprune.engine.run import Run
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
 from tokenprune.models.load import load_model
+from tokenprune.testing.harness import (
+    generate,
+    logits_of,
+    model_of,
+    prompt_of,
+    pruned,
+    replay_of,
+    unpruned,
+)
+from tokenprune.testing.oracle import assert_close, dense_logits, positions_logged
+from tokenprune.testing.snapshot import snapshot
+from tokenprune.testing.tiny import Tiny, decoder_of, pad_batch
 
 FRESH = 60
 FIXED = 500

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.contract.harness import generate, model_of, prompt_of
-from tests.contract.oracle import assert_close
 from tokenprune import prune
 from tokenprune.core.context import Lifetime
 from tokenprune.core.selection import Selection
@@ -17,6 +15,8 @@ from tokenprune.core.site import Cache, Input, Layer, Site
 from tokenprune.core.stage import Stage
 from tokenprune.engine.cache import CACHE_NAME
 from tokenprune.engine.rollback import Bookmark
+from tokenprune.testing.harness import generate, model_of, prompt_of
+from tokenprune.testing.oracle import assert_close
 
 
 @dataclass

@@ -14,11 +14,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from tests import tiny
 from tests.contract.cases import COMBINED, EVERYWHERE, THREE, keep_all, refusal
-from tests.contract.harness import generate, logits_of, prompt_of, pruned, replay_of, unpruned
-from tests.contract.oracle import assert_close, dense_logits, positions_logged
-from tests.contract.snapshot import snapshot
 from tests.contract.test_labels import (
     assert_same_gradients,
     dense_logits_and_gradients,
@@ -29,11 +25,15 @@ from tests.contract.test_labels import (
     rows_left,
 )
 from tests.releases import WATCHER
-from tests.tiny import Tiny, decoder_of
 from tokenprune import Session, prune
 from tokenprune.adapters.base import adapter_for
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
 from tokenprune.models.load import load_model
+from tokenprune.testing import tiny
+from tokenprune.testing.harness import generate, logits_of, prompt_of, pruned, replay_of, unpruned
+from tokenprune.testing.oracle import assert_close, dense_logits, positions_logged
+from tokenprune.testing.snapshot import snapshot
+from tokenprune.testing.tiny import Tiny, decoder_of
 
 try:
     import peft

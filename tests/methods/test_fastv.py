@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.contract.harness import model_of, prompt_of
 from tests.methods.doubles import SHAPE, grid, input_context, join, sound
 from tokenprune import prune
 from tokenprune.core.layout import TokenLayout
@@ -17,6 +16,7 @@ from tokenprune.core.signal import Attention
 from tokenprune.core.site import Layer
 from tokenprune.errors import RecipeError
 from tokenprune.methods.fastv import FastV
+from tokenprune.testing.harness import model_of, prompt_of
 
 LAYOUT = join(grid(1, 4), sound(3))
 

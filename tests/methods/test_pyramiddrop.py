@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.contract.harness import model_of, prompt_of
 from tests.methods.doubles import SHAPE, candidates, grid, input_context, join, sound
 from tokenprune import prune
 from tokenprune.core.recipe import Recipe
@@ -17,6 +16,7 @@ from tokenprune.core.signal import Attention
 from tokenprune.core.site import Layer
 from tokenprune.errors import RecipeError
 from tokenprune.methods.pyramiddrop import PyramidDrop, mean_share, solve_ratio
+from tokenprune.testing.harness import model_of, prompt_of
 
 LAYOUT = join(grid(4, 4), sound(8))
 ATTENTION = Attention(layer=0, queries=1, reduce="mean", heads="mean")

@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.contract.harness import model_of, prompt_of
 from tests.methods.doubles import cache_context, grid, join, sound
-from tests.tiny import decoder_of
 from tokenprune import prune
 from tokenprune.core.layout import TokenLayout
 from tokenprune.core.recipe import Recipe
@@ -18,6 +16,8 @@ from tokenprune.core.signal import Attention
 from tokenprune.core.site import Cache
 from tokenprune.errors import RecipeError
 from tokenprune.methods.snapkv import SnapKV
+from tokenprune.testing.harness import model_of, prompt_of
+from tokenprune.testing.tiny import decoder_of
 
 LAYOUT = join(grid(1, 4), sound(3), grid(1, 2))
 

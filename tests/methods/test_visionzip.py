@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from tests.contract.doubles import Spy
-from tests.contract.harness import model_of, prompt_of
 from tests.methods.doubles import DenseView, grid, input_context, join
 from tokenprune import prune
 from tokenprune.core.layout import TokenLayout
@@ -19,6 +18,7 @@ from tokenprune.core.selection import Selection
 from tokenprune.core.site import Input
 from tokenprune.errors import RecipeError, UnsupportedModelError
 from tokenprune.methods.visionzip import Dominance, EncoderKeys, VisionZip
+from tokenprune.testing.harness import model_of, prompt_of
 
 LAYOUT = join(grid(4, 5), grid(3, 3, 4, video=True))
 

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from tests.adapters.test_adapters import layouts, watching
 from tests.checkpoints import CHECKPOINTS, HEARING, SEEING, WATCHING
-from tests.tiny.base import SPECIAL, Tiny
 from tokenprune.adapters.base import adapter_for, list_models
 from tokenprune.core.layout import AUDIO, TokenLayout
 from tokenprune.models.load import auto_class
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.models.media import Media
 from tokenprune.models.processors import call_processor
+from tokenprune.testing.tiny.base import SPECIAL, Tiny
 
 TILES_UNKNOWN = ("aya_vision", "internvl", "perception_lm")
 """Families whose models are not told how the tiles of an image lie."""

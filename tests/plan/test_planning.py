@@ -15,10 +15,8 @@ from transformers import PreTrainedModel
 
 from tests.checkpoints import CHECKPOINTS, HEARING, SEEING
 from tests.contract.cases import drawn, refusal
-from tests.contract.harness import model_of
 from tests.contract.test_sessions import NO_CHAT, REFUSED
-from tests.releases import NEWEST, RELEASE
-from tests.tiny import NAMES, build, decoder_of
+from tests.releases import NEWEST
 from tokenprune import Recipe, prune
 from tokenprune.adapters.base import adapter_for
 from tokenprune.asking import ask
@@ -34,6 +32,9 @@ from tokenprune.models.load import load_model, load_outline
 from tokenprune.plan.flops import _pairs, prefill_flops
 from tokenprune.plan.forecast import Prompt, forecast
 from tokenprune.plan.planning import plan
+from tokenprune.testing.harness import model_of
+from tokenprune.testing.tiny import NAMES, build, decoder_of
+from tokenprune.testing.tiny.releases import RELEASE
 
 FIXED = {
     # Counts that are fixed by sizes: by name of the kind of file.

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from tests.methods.doubles import grid, join, sound
-from tests.tiny import build
 from tokenprune import prune
 from tokenprune.errors import MediaError
 from tokenprune.report.pictures import check_picture, overlay, save_picture
+from tokenprune.testing.tiny import build
 
 GAP = 4
 

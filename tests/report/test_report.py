@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny import Tiny, build
 from tokenprune import Report, prune
 from tokenprune.core.site import Cache, Input, Layer
 from tokenprune.report.change import Change
 from tokenprune.report.report import Call, Decision
 from tokenprune.report.seconds import Seconds
+from tokenprune.testing.tiny import Tiny, build
 
 ALL_SITES = "plphp(keep=0.5) + random(keep=0.5 at=3) + vflowopt(keep=0.75)"
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.contract.snapshot import snapshot
 from tokenprune import Session, prune
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
 from tokenprune.models.load import load_model
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.session.turns import Turn
+from tokenprune.testing.snapshot import snapshot
 
 PATIENCE = 60.0  # seconds until a test that hangs fails
 

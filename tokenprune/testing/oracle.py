@@ -20,7 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.tiny import decoder_of
+from tokenprune.testing.tiny import decoder_of
+
+__all__ = [
+    "TOLERANCE",
+    "PositionLog",
+    "Replay",
+    "assert_close",
+    "dense_logits",
+    "dense_run",
+    "extend",
+    "positions_logged",
+    "read_decisions",
+]
 
 TOLERANCE = 1e-5
 """Of a logit, relative to the largest one (or to 1)."""
@@ -269,7 +281,7 @@ def _merge(hidden: Tensor, merges: list[tuple[int, Tensor, Tensor, Tensor]]) -> 
     for sample, source, target, weight in merges:
         old = hidden[sample]
         new = old.clone()
-        for one in target.unique().tolist():
+        for one in sorted(set(target.tolist())):
             mine = target == one
             new[one] = (old[source[mine]] * weight[mine, None].to(old)).sum(0)
         hidden = hidden.clone()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.tiny.base import (
+from tokenprune.testing.tiny.base import (
     IMAGE,
     VISION_END,
     VISION_START,

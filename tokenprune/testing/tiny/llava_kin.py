@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from importlib.util import find_spec
+from unittest import SkipTest
 
-import pytest
 import torch
 import transformers
 
-from tests.tiny.base import (
+from tokenprune.testing.tiny.base import (
     IMAGE,
     VIDEO,
     VISION_END,
@@ -137,7 +138,8 @@ def _aya_vision(name: str, attention: str) -> Tiny:
 
 
 def _perception_lm(name: str, attention: str) -> Tiny:
-    pytest.importorskip("timm", reason="the tower of PerceptionLM is one of timm's")
+    if find_spec("timm") is None:
+        raise SkipTest("the tower of PerceptionLM is one of timm's, which is not installed")
     arguments = {
         "embed_dim": 32,
         "img_size": (56, 56),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 
-from tests.tiny.base import (
+from tokenprune.testing.tiny.base import (
     IMAGE,
     PINPOINTS,
     VIDEO,

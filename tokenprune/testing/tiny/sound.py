@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 
-from tests.tiny.base import (
+from tokenprune.testing.tiny.base import (
     AUDIO,
     AUDIO_END,
     AUDIO_START,
@@ -24,7 +24,7 @@ from tests.tiny.base import (
     prompt,
     text_config,
 )
-from tests.tiny.qwen import windows
+from tokenprune.testing.tiny.qwen import windows
 
 
 def _qwen2_audio(name: str, attention: str) -> Tiny:

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from tests.tiny.base import (
+from tokenprune.testing.tiny.base import (
     AUDIO,
     AUDIO_END,
     AUDIO_START,
@@ -32,14 +32,17 @@ from tests.tiny.base import (
 
 
 def sound(tokens: int) -> list[int]:
+    """Placeholders of a sound, between its marks."""
     return [AUDIO_START] + [AUDIO] * tokens + [AUDIO_END]
 
 
 def mask_of(lengths: list[int], longest: int) -> Tensor:
+    """`[n, longest]`: 1 where a sound has features, 0 where it is padded."""
     return (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
 
 
 def whisper(**settings: Any) -> dict[str, Any]:
+    """Settings of an encoder like that of Whisper."""
     return {
         "hidden_size": 32,
         "num_hidden_layers": 2,

@@ -113,11 +113,13 @@ def text_config(kind: str | type, **settings: Any) -> Any:
 
 
 def mrope() -> dict[str, Any]:
+    """Settings of a text model with three positions a token."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     return {"rope_parameters": rope}
 
 
 def tower() -> dict[str, Any]:
+    """Settings of an encoder of 4x4 patches."""
     return {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -129,14 +131,25 @@ def tower() -> dict[str, Any]:
 
 
 def clip() -> Any:
+    """The configuration of a CLIP tower, which has a class token."""
     return transformers.CLIPVisionConfig(**tower(), projection_dim=32)
 
 
 def siglip() -> Any:
+    """The configuration of a SigLIP tower, which has none."""
     return transformers.SiglipVisionConfig(**tower(), vision_use_head=False)
 
 
 def make_tiny(name: str, architecture: Any, config: Any, attention: str, make: Maker) -> Tiny:
+    """A model of a configuration with random weights, which its class alone decides.
+
+    Args:
+        name: Of the tiny model.
+        architecture: The model's class.
+        config: Its configuration.
+        attention: "sdpa" or "eager".
+        make: Makes its prompts.
+    """
     config._attn_implementation = attention
     state = torch.get_rng_state()
     try:
@@ -181,6 +194,7 @@ def prompt(generator: torch.Generator, spans: list[list[int]], closing: int) -> 
 
 
 def noise(generator: torch.Generator, *shape: int) -> Tensor:
+    """Random pixels or sound."""
     return torch.randn(*shape, generator=generator)
 
 
@@ -188,6 +202,7 @@ PINPOINTS = [[56, 112], [112, 56], [112, 112]]
 
 
 def anyres(generator: torch.Generator, closing: int, short: bool) -> Inputs:
+    """A prompt with a tiled image, as LLaVA-NeXT's processor makes it."""
     # 90x112 goes to 2x2 tiles, 8x8 patches; 6 rows of them hold the picture: 16 + 6 * (8 + 1).
     # 50x112 goes to 1x2 tiles, 4x8 patches; padding is (4 - 3) // 2 = 0: 16 + 4 * (8 + 1).
     size, tokens, tiles = [90, 112], 16 + 6 * 9, 5
@@ -201,10 +216,12 @@ def anyres(generator: torch.Generator, closing: int, short: bool) -> Inputs:
 
 
 def merged(grid: tuple[int, ...]) -> int:
+    """Tokens of a grid of patches, four of which are one token."""
     return grid[0] * grid[1] * grid[2] // 4
 
 
 def patches(generator: torch.Generator, grids: list[tuple[int, int, int]]) -> Tensor:
+    """Random pixels of grids of patches, as Qwen's processors flatten them."""
     return noise(generator, 4 * sum(merged(grid) for grid in grids), 3 * 2 * 14 * 14)
 
 

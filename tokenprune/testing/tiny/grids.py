@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 
-from tests.tiny.base import (
+from tokenprune.testing.tiny.base import (
     IMAGE,
     SPECIAL,
     VIDEO,
@@ -23,7 +23,7 @@ from tests.tiny.base import (
     prompt,
     text_config,
 )
-from tests.tiny.qwen import QWEN_TOKENS, qwen_inputs
+from tokenprune.testing.tiny.qwen import QWEN_TOKENS, qwen_inputs
 
 VIDEO_START, VIDEO_END = 158, 159
 

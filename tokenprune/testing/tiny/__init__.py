@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from unittest import SkipTest
 
-import pytest
-
-from tests.releases import UNUSABLE
-from tests.tiny.base import (
+from tokenprune.testing.tiny.base import (
     AUDIO,
     AUDIO_END,
     AUDIO_START,
@@ -30,6 +28,7 @@ from tests.tiny.base import (
     decoder_of,
     pad_batch,
 )
+from tokenprune.testing.tiny.releases import UNUSABLE
 
 __all__ = [
     "AUDIO",
@@ -70,9 +69,14 @@ NAMES = sorted({**FAMILIES, **VARIANTS})
 
 
 def build(name: str, *, attention: str = "sdpa") -> Tiny:
-    """Build the tiny model of this name; the same name always gives the same weights."""
+    """Build the tiny model of this name; the same name always gives the same weights.
+
+    Raises:
+        SkipTest: The release of transformers at hand cannot build it, or a package is missing;
+            pytest and unittest take it for a test that is left out.
+    """
     if reason := UNUSABLE.get(family_of(name)):
-        pytest.skip(reason)
+        raise SkipTest(reason)
     return {**FAMILIES, **VARIANTS}[name](name, attention)
 
 

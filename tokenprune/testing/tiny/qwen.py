@@ -7,8 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.releases import OLD
-from tests.tiny.base import (
+from tokenprune.testing.tiny.base import (
     IMAGE,
     VIDEO,
     VISION_END,
@@ -24,6 +23,7 @@ from tests.tiny.base import (
     prompt,
     text_config,
 )
+from tokenprune.testing.tiny.releases import OLD
 
 QWEN_TOKENS = {
     "image_token_id": IMAGE,
@@ -34,6 +34,14 @@ QWEN_TOKENS = {
 
 
 def qwen_inputs(*, timestamps: bool = False, image: bool = True, seconds: str = "") -> Maker:
+    """Prompts as Qwen's processors make them.
+
+    Args:
+        timestamps: Whether each frame of a clip is marked by itself.
+        image: Whether there is an image before the clip.
+        seconds: What the model calls the seconds between frames; "" if it is not told.
+    """
+
     def make(generator: torch.Generator, closing: int, short: bool) -> Inputs:
         images = [(1, 4, 8) if short else (1, 8, 12)] if image else []
         videos = [(2, 4, 8)] if short else [(4, 4, 8)]

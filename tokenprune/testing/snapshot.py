@@ -8,6 +8,8 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+__all__ = ["differences", "snapshot"]
+
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_always_called",
@@ -43,3 +45,16 @@ def _module(module: nn.Module) -> dict[str, Any]:
         "hooks": {name: list(getattr(module, name)) for name in _HOOKS},
         "forward": getattr(module.forward, "__func__", module.forward),
     }
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What differs between two snapshots, in words: "parameters lm_head.weight" for one."""
+    found = []
+    for what, old in before.items():
+        new = after[what]
+        if isinstance(old, dict):
+            names = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+        else:
+            names = set(old) ^ set(new)
+        found += [f"{what} {name}".rstrip() for name in sorted(names)]
+    return found

@@ -1,4 +1,4 @@
-"""Runs that several contracts look at: each is made once."""
+"""Runs that contracts look at, pruned and not; those by name are made once."""
 
 from __future__ import annotations
 
@@ -9,23 +9,44 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tests import tiny
-from tests.contract.oracle import (
+from tokenprune.adapters.base import adapter_for
+from tokenprune.core.layout import MODALITIES
+from tokenprune.core.recipe import Recipe
+from tokenprune.engine.cache import CACHE_NAME
+from tokenprune.engine.patch import prune
+from tokenprune.testing import tiny
+from tokenprune.testing.oracle import (
     Replay,
     assert_close,
     dense_logits,
     positions_logged,
     read_decisions,
 )
-from tests.tiny import decoder_of
-from tokenprune import prune
-from tokenprune.adapters.base import adapter_for
-from tokenprune.core.layout import MODALITIES
-from tokenprune.core.recipe import Recipe
+from tokenprune.testing.tiny import decoder_of
+
+__all__ = [
+    "NEW_TOKENS",
+    "Run",
+    "assert_matches_oracle",
+    "codes_of",
+    "forget_pruned_runs",
+    "generate",
+    "logits_of",
+    "model_of",
+    "prompt_of",
+    "pruned",
+    "replay_of",
+    "same",
+    "sample_of",
+    "second_turn",
+    "unpruned",
+    "windows_of",
+]
 
 NEW_TOKENS = 6
+"""Tokens that are generated where nothing else is said."""
 
 
 def model_of(name: str, attention: str = "sdpa") -> tiny.Tiny:
@@ -66,12 +87,37 @@ def logits_of(output: Any) -> Tensor:
     return torch.stack(output.logits, dim=1)
 
 
+def same(one: Any, other: Any) -> bool:
+    """Whether two generations are bit-identical."""
+    return torch.equal(one.sequences, other.sequences) and torch.equal(
+        logits_of(one), logits_of(other)
+    )
+
+
+def second_turn(one: tiny.Tiny, inputs: Mapping[str, Any]) -> tuple[Any, int]:
+    """Answer, then answer a further question with the cache of the first.
+
+    Returns:
+        The second generation, and the length of its prompt.
+    """
+    first = generate(one, inputs)
+    generator = torch.Generator().manual_seed(9)
+    question = torch.randint(5, 140, (len(first.sequences), 5), generator=generator)
+    tokens = torch.cat([first.sequences, question], dim=1)
+    grown = tokens.shape[1] - inputs["input_ids"].shape[1]
+    more = {"input_ids": tokens}
+    more["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (0, grown), value=1)
+    if "mm_token_type_ids" in inputs:
+        more["mm_token_type_ids"] = nn.functional.pad(inputs["mm_token_type_ids"], (0, grown))
+    return generate(one, more, **{CACHE_NAME: first.past_key_values}), tokens.shape[1]
+
+
 @dataclass(frozen=True)
 class Run:
     """A generation, pruned or not."""
 
     one: tiny.Tiny
-    recipe: str
+    recipe: str | Recipe
     inputs: dict[str, Any]
     output: Any
     calls: list[Any]
@@ -79,15 +125,19 @@ class Run:
 
     @property
     def prompt_length(self) -> int:
-        return self.inputs["input_ids"].shape[1]
+        """Tokens of the prompt, padding included."""
+        length: int = self.inputs["input_ids"].shape[1]
+        return length
 
     @property
     def read(self) -> Tensor:
         """`[B, S]`, the tokens that were fed to the model: all but the last one."""
-        return self.output.sequences[:, :-1]
+        sequences: Tensor = self.output.sequences
+        return sequences[:, :-1]
 
     @property
     def replay(self) -> Replay:
+        """What was decided, as masks."""
         return replay_of(self.one, self.recipe, self.calls, *self.read.shape)
 
 
@@ -117,19 +167,6 @@ def _pruned(name: str, recipe: str, kind: str, attention: str) -> Run:
     with prune(one.model, recipe) as report:
         output = generate(one, before.inputs)
     return Run(one, recipe, before.inputs, output, report.calls, before.positions)
-
-
-@cache
-def failure_of_beams(name: str, kind: str) -> Exception | None:
-    """What goes wrong in transformers, without pruning, where it repeats a prompt for beams."""
-    one = model_of(name)
-    try:
-        output = generate(one, prompt_of(one, kind), num_beams=2, max_new_tokens=1)
-        # Until one is chosen, beams of a row see the same.
-        assert_close(output.logits[0][::2], logits_of(unpruned(name, kind).output)[:, 0])
-    except (AssertionError, ValueError, RuntimeError) as error:
-        return error
-    return None
 
 
 def forget_pruned_runs() -> None:
