@@ -105,7 +105,7 @@ def test_rules_for_sizes_see_the_displayed_size(tmp_path):
         return PixelLimits(min_pixels=28 * 28)(height, width, frames)
 
     video = read_video(path, frames=2, size=rule)
-    assert seen == [(HEIGHT, 3 * WIDTH)]
+    assert set(seen) == {(HEIGHT, 3 * WIDTH)}
     assert video.frames.shape[2:] == (112, 588)
 
 

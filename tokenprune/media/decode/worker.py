@@ -61,7 +61,7 @@ class UnitDecoder:
         self, index: PacketIndex, size: tuple[int, int], threads: int, rows: RowSink, counters: Ints
     ) -> None:
         self._index, self._rows, self._counters = index, rows, counters
-        self._resize = Resizer(size, index.info)
+        self._resize = Resizer(size, index)
         self._expects_progressive = index.source.rendering.deinterlace and not index.deinterlaces
         self._reader = PacketReader(index, self._at_packet)
         self._decoder = PacketDecoder(index, threads)

@@ -10,7 +10,7 @@ from tokenprune.errors import DecodeError
 from tokenprune.media.index.clock import clock_jumps, clock_resets, frame_seconds, is_timed
 from tokenprune.media.index.container import is_skippable, open_video
 from tokenprune.media.index.geometry import geometry
-from tokenprune.media.index.index import NO_PTS, PacketIndex, VideoInfo
+from tokenprune.media.index.index import NO_PTS, PacketIndex, VideoInfo, hdr_transfer
 from tokenprune.media.index.mp4 import sample_table
 from tokenprune.media.index.scan import Columns, PacketScan
 from tokenprune.media.index.source import References, Rendering, Source
@@ -96,7 +96,8 @@ def _build(
     last = int(columns.duration[order[-1]]) * tick
     duration = float(seconds[-1]) + (last if timed and last > 0 else step)
 
-    sizes = geometry(stream, packets.first_frame, source.rendering.aspect)
+    first = packets.first_frame
+    sizes = geometry(stream, first, source.rendering.aspect)
     number = list(container.streams.video).index(stream)
     info = VideoInfo(
         path=container.name,
@@ -116,7 +117,8 @@ def _build(
         pixel_aspect=sizes.pixel_aspect,
         stream=number,
         streams=list_streams(container),
-        interlaced=packets.first_frame is not None and bool(packets.first_frame.interlaced_frame),
+        interlaced=first is not None and bool(first.interlaced_frame),
+        hdr=None if first is None else hdr_transfer(first),
     )
     return PacketIndex(
         info=info,

@@ -6,6 +6,7 @@ declares about counts, duration or rate.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +14,20 @@ from numpy.typing import NDArray
 from tokenprune.media.index.source import Source
 from tokenprune.media.index.streams import StreamInfo
 
-__all__ = ["NO_PTS", "Bools", "Ints", "PacketIndex", "VideoInfo"]
+__all__ = ["NO_PTS", "Bools", "Hdr", "Ints", "PacketIndex", "VideoInfo", "hdr_transfer"]
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 NO_PTS = -(1 << 62)  # stands for a missing timestamp
+Hdr = Literal["pq", "hlg"]
+_HDR: dict[int, Hdr] = {16: "pq", 18: "hlg"}  # by transfer characteristics in ITU-T H.273
 DEMUXER_DELAY = 2  # packets that a demuxer may hold back
+
+
+def hdr_transfer(frame: Any) -> Hdr | None:
+    """The transfer of a PyAV frame of high dynamic range; None for other frames."""
+    return _HDR.get(int(frame.color_trc))
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class VideoInfo:
         stream: number of the stream that is read, among the file's video streams.
         streams: all video and audio streams of the file.
         interlaced: whether frames are flagged as interlaced.
+        hdr: "pq" or "hlg" where frames are of high dynamic range, by that transfer; else None.
     """
 
     path: str
@@ -66,6 +75,7 @@ class VideoInfo:
     stream: int = 0
     streams: tuple[StreamInfo, ...] = ()
     interlaced: bool = False
+    hdr: Hdr | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -20,6 +20,8 @@ class Rendering:
         aspect: "displayed" widens frames whose pixels are not square; "stored" leaves them.
         deinterlace: whether frames that are flagged as interlaced, which hold the lines of two
             moments, are made to show one; their number and ranks stay.
+        tone_map: whether frames of high dynamic range (PQ, HLG) are brought to that of BT.709,
+            which models know; as they are, they look grey and flat.
 
     Raises:
         MediaError: an aspect that there is not.
@@ -27,6 +29,7 @@ class Rendering:
 
     aspect: Aspect = "displayed"
     deinterlace: bool = True
+    tone_map: bool = True
 
     def __post_init__(self) -> None:
         if self.aspect not in get_args(Aspect):
