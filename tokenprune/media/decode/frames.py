@@ -126,7 +126,7 @@ class PacketDecoder:
             # is unique, where timestamps may repeat or start anew.
             place = int(self._index.place[number])
             packet.pts = packet.dts = place
-            corrupt = packet.is_corrupt and not self._index.before_discontinuity(number)
+            corrupt = packet.is_corrupt and not self._index.may_flag_intact(number)
             tracker.feed(number, place, corrupt)
             for frame in self._step(packet, tracker):
                 yield from tracker.take(frame)

@@ -11,7 +11,7 @@ from tokenprune.media.index.clock import clock_jumps, clock_resets, frame_second
 from tokenprune.media.index.container import is_skippable, open_video
 from tokenprune.media.index.geometry import geometry
 from tokenprune.media.index.index import NO_PTS, PacketIndex, VideoInfo, hdr_transfer
-from tokenprune.media.index.mp4 import sample_table
+from tokenprune.media.index.mp4 import check_data_is_here, sample_table
 from tokenprune.media.index.scan import Columns, PacketScan
 from tokenprune.media.index.source import References, Rendering, Source
 from tokenprune.media.index.streams import list_streams
@@ -53,7 +53,9 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
 
 def _index(path: str | os.PathLike[str], source: Source, *, scan: bool) -> PacketIndex:
     with open_video(path, source) as (container, stream):
-        table = None if scan else sample_table(container.name, stream)
+        if source.references is None:
+            check_data_is_here(container, stream)
+        table = None if scan or source.references else sample_table(container.name, stream)
         packets = PacketScan(stream)
         columns = packets.read_all(container) if table is None else packets.check(container, table)
         if columns is None:

@@ -148,12 +148,15 @@ class PacketIndex:
         """PTS of frames, in ticks."""
         return self.pts[self.order[ranks]]
 
-    def before_discontinuity(self, packet: int) -> bool:
-        """Whether the timestamps break right after this packet.
+    def may_flag_intact(self, packet: int) -> bool:
+        """Whether the demuxer may call this packet corrupt though nothing is missing.
 
-        Where two transport streams are joined, their continuity counters seldom fit, and the
-        demuxer flags the packets it holds at that moment as corrupt, though nothing is missing.
-        What is really cut off there still fails in the decoder.
+        That is so in the segments of a playlist, whose continuity counters may start anew, and
+        where the timestamps break right after it. Where two transport streams are joined, their
+        continuity counters seldom fit, and the demuxer flags the packets it holds at that moment as
+        corrupt, though nothing is missing. What is really cut off there still fails in the decoder.
         """
+        if self.info.container == "hls":
+            return True
         after = min(packet + DEMUXER_DELAY, len(self.epoch) - 1)
         return bool(self.epoch[after] != self.epoch[packet])

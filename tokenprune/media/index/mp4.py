@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from tokenprune.errors import DecodeError
 from tokenprune.media.index.index import Bools, Ints
 from tokenprune.media.index.intra_refresh import HEAD_BYTES, is_intra_refresh
 
-__all__ = ["SampleTable", "sample_table"]
+__all__ = ["SampleTable", "check_data_is_here", "sample_table"]
 
 LARGEST_MOOV_BYTES = 1 << 28
 LARGEST_COUNT = 1 << 24  # samples: three days of 60 frames a second
@@ -89,6 +90,35 @@ def sample_table(path: str, stream: Any) -> SampleTable | None:
         keyframe=(flags[full] & 1).astype(bool),
         discard=(flags[full] & 2).astype(bool),
     )
+
+
+def check_data_is_here(container: Any, stream: Any) -> None:
+    """Check that a track of a movie has its data in the file itself.
+
+    Raises:
+        DecodeError: it refers to another one.
+    """
+    if "mp4" not in container.format.name:
+        return
+    try:
+        moov = _moov(container.name)
+        track = None if moov is None else _track(moov, stream.id)
+        elsewhere = track is not None and _is_elsewhere(track)
+    except (struct.error, ValueError, IndexError, KeyError, OSError):
+        return  # whoever reads it will say what is wrong, if anything is
+    if elsewhere:
+        raise DecodeError(
+            f"cannot read {container.name!r}: its data lies in another file, to which it refers; "
+            'give that one, or allow those in its folder with references="folder"'
+        )
+
+
+def _is_elsewhere(track: bytes) -> bool:
+    try:
+        references = _descend(track, b"mdia", b"minf", b"dinf", b"dref")[8:]  # flags, count
+    except KeyError:
+        return False
+    return any(len(box) >= 4 and not box[3] & 1 for _, box in _boxes(references))
 
 
 def _has_intra_refresh(path: str, stream: Any, keyframes: Ints) -> bool:

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from tokenprune.errors import MediaError
 from tokenprune.media.index.geometry import Aspect
 
-__all__ = ["References", "Rendering", "Source"]
+__all__ = ["References", "Rendering", "Source", "check_allowed"]
 
 References = Literal["folder"]
 """Which other files a file may refer to: those in its folder, and in folders below that."""
@@ -52,8 +52,17 @@ class Source:
     rendering: Rendering = Rendering()
 
     def __post_init__(self) -> None:
-        if self.references not in (None, *get_args(References)):
-            raise MediaError(f'references must be "folder" or None, got {self.references!r}')
+        check_allowed(self.references)
         number = self.stream
         if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
             raise MediaError(f"stream must be the number of a video stream, from 0, got {number!r}")
+
+
+def check_allowed(references: object) -> None:
+    """Check a setting of which other files a file may refer to.
+
+    Raises:
+        MediaError: there is no such setting.
+    """
+    if references not in (None, *get_args(References)):
+        raise MediaError(f'references must be "folder" or None, got {references!r}')
