@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from tokenprune._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from tokenprune.media.given import FrameList
     from tokenprune.media.index.index import PacketIndex, VideoInfo
     from tokenprune.media.index.source import Rendering
     from tokenprune.media.index.streams import StreamInfo
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Clip",
+    "FrameList",
     "Limits",
     "PacketIndex",
     "PixelLimits",
@@ -52,6 +54,7 @@ __all__ = [
 
 _MODULES = {
     "Clip": "video",
+    "FrameList": "given",
     "Limits": "limits",
     "PacketIndex": "index.index",
     "PixelLimits": "size",

@@ -22,7 +22,9 @@ none.
 
 import re
 
-__all__ = ["HEAD_BYTES", "PICTURE", "foreign_kind", "is_heic", "is_media", "is_mjpeg"]
+from tokenprune.errors import DecodeError
+
+__all__ = ["HEAD_BYTES", "PICTURE", "check_kind", "is_heic", "is_media", "is_mjpeg"]
 
 HEAD_BYTES = 4096
 PICTURE = "picture"  # the container of pictures that are read as a video
@@ -56,12 +58,22 @@ SVG = re.compile(rb"(?:<!DOCTYPE\s+svg\b.*?>\s*)?<(?:\w+:)?svg\b", re.DOTALL | r
 HTML = re.compile(rb"<(?:!DOCTYPE\s+html|html|head|body)\b", re.IGNORECASE)
 
 
-def foreign_kind(head: bytes) -> tuple[str, str] | None:
-    """What a file is that is no media, and what to do; None if it may be media.
+def check_kind(name: str, head: bytes) -> None:
+    """Check that a file may be media.
 
     Args:
+        name: of the file.
         head: its first bytes.
+
+    Raises:
+        DecodeError: it is something else; the message says what, and what to do.
     """
+    if foreign := _foreign_kind(head):
+        what, remedy = foreign
+        raise DecodeError(f"{name!r} is {what}, and no media file; {remedy}")
+
+
+def _foreign_kind(head: bytes) -> tuple[str, str] | None:
     for magic, what, remedy in FOREIGN:
         if head.startswith(magic):
             return what, remedy

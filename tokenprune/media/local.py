@@ -11,14 +11,24 @@ import socket
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import IO
 from urllib.parse import unquote, unquote_to_bytes
 
 from tokenprune.errors import MediaError
+from tokenprune.media.index.container import check_file
+from tokenprune.media.kinds import HEAD_BYTES, check_kind
 
-__all__ = ["Fetch", "LocalFile", "MediaSource", "data_of_uri", "local_file"]
+__all__ = [
+    "Fetch",
+    "LocalFile",
+    "MediaSource",
+    "check_source",
+    "data_of_uri",
+    "decode_base64",
+    "local_file",
+]
 
 MediaSource = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]
 """A path, a `file:` or `data:` URI, the bytes of a file, or an open file."""
@@ -88,6 +98,19 @@ def local_file(source: MediaSource, fetch: Fetch | None = None) -> Iterator[str]
     file = LocalFile(source, fetch)
     with file.naming():
         yield file.path
+
+
+def check_source(path: str | os.PathLike[str]) -> None:
+    """Check what can be known of a file at once, before anything heavy is loaded.
+
+    Raises:
+        MediaError: there is no such file, nothing in it, or what surely is no media.
+    """
+    file = LocalFile(path)
+    with file.naming():
+        check_file(file.path)
+        with suppress(OSError), open(file.path, "rb") as opened:
+            check_kind(file.path, opened.read(HEAD_BYTES))
 
 
 def data_of_uri(uri: str) -> tuple[str, bytes]:

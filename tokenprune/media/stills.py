@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenprune.errors import DecodeError, MediaError, first_line
 from tokenprune.media.colours import WHITE, Background, parse_background, to_rgb
 from tokenprune.media.index.container import check_file
-from tokenprune.media.kinds import HEAD_BYTES, foreign_kind, is_heic, is_media, is_mjpeg
+from tokenprune.media.kinds import HEAD_BYTES, check_kind, is_heic, is_media, is_mjpeg
 from tokenprune.media.limits import check_pixels
 
 __all__ = ["is_animated", "left_out", "open_picture", "picture_tensor", "read_picture", "reading"]
@@ -94,9 +94,7 @@ def open_picture(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise DecodeError(f"cannot read {name!r}: {error.strerror}") from error
     with file:
         head = file.read(HEAD_BYTES)
-        if foreign := foreign_kind(head):
-            what, remedy = foreign
-            raise DecodeError(f"{name!r} is {what}, and no media file; {remedy}")
+        check_kind(name, head)
         picture = None if is_media(head) else _open(name, file, head)
         if picture is not None:
             check_pixels(name, *picture.size)
