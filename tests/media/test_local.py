@@ -67,6 +67,17 @@ def test_contents():
         assert content(source) == b"\xfb\xff\xfe?", source
 
 
+def test_an_open_file_can_be_read_again():
+    file = io.BytesIO(b"head content")
+    file.seek(5)
+    assert content(file) == content(file) == b"content"
+    read, write = os.pipe()
+    os.write(write, b"piped")
+    os.close(write)
+    with open(read, "rb") as pipe:
+        assert content(pipe) == b"piped"
+
+
 def test_what_was_written_is_removed():
     with local_file(b"content") as found:
         assert os.path.exists(found)

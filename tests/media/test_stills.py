@@ -332,6 +332,41 @@ def test_photographs_with_something_behind_them_are_pictures(tmp_path):
     assert len(read_video(tmp_path / "row.bin")) == 3
 
 
+def test_raw_photographs_are_refused(tmp_path):
+    """What Pillow finds in them is a preview."""
+    data = bytes(40 * 30)
+    for tags in ({254: 1}, {50706: 1}):
+        (tmp_path / "a.dng").write_bytes(tiff(data, 40, 30, "<", {258: 8, 262: 1} | tags))
+        with pytest.raises(MediaError, match=r"a.dng' is a camera's raw photograph.*as JPEG"):
+            read_picture(tmp_path / "a.dng")
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (300, 500)])
+def test_avif_needs_no_new_pillow(shape, tmp_path, monkeypatch):
+    path = tmp_path / "a.avif"
+    Image.fromarray(quarters(*shape)).save(path, quality=100, subsampling="4:4:4")
+    expected = pixels(path)
+    monkeypatch.setattr(Image, "ID", [form for form in Image.ID if form != "AVIF"])
+    monkeypatch.delitem(Image.OPEN, "AVIF")
+    assert np.abs(pixels(path).astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.pgm", b"P5 2 1 4095\n" + struct.pack(">2H", 4095, 2048), [255, 128]),
+        ("a.pgm", b"P2 3 1 7\n0 7 3\n", [0, 255, 109]),
+        ("a.pfm", b"Pf 2 1 -1.0\n" + struct.pack("<2f", 1, 0.5), [255, 128]),
+        ("a.png", png(2, 1, 16, 4, b"\0" + struct.pack(">4H", 0, 65535, 0, 32896)), [0, 127]),
+        ("a.png", png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 32896, 32896, 32896)), [128]),
+        ("a.png", png(1, 1, 16, 6, b"\0" + struct.pack(">4H", 0, 0, 0, 0)), [255]),
+    ],
+)
+def test_more_depths(name, content, expected, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert grey(tmp_path / name)[0].tolist() == expected
+
+
 def test_a_picture_has_no_streams(tmp_path):
     Image.new("L", (40, 30)).save(tmp_path / "a.png")
     with pytest.raises(MediaError, match="is a picture: it has no stream 1"):

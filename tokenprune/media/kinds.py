@@ -11,6 +11,7 @@ The rule, from top to bottom:
      the first, or the one that the file calls its primary. A warning says how many are left out.
      Layers of a PSD and sizes of an icon are views of one picture, and need none;
    - tiles of one picture (HEIC) are that picture, put together;
+   - the preview in a camera's raw photograph is none: such files are refused;
    - JPEGs of one size, one right behind the other, are a video (a raw stream of MJPEG).
 
 3. All else is for FFmpeg: a video if it holds a video stream that is no cover picture, else a
@@ -24,7 +25,7 @@ import re
 
 from tokenprune.errors import DecodeError
 
-__all__ = ["HEAD_BYTES", "PICTURE", "check_kind", "is_heic", "is_media", "is_mjpeg"]
+__all__ = ["HEAD_BYTES", "PICTURE", "check_kind", "is_avif", "is_heic", "is_media", "is_mjpeg"]
 
 HEAD_BYTES = 4096
 PICTURE = "picture"  # the container of pictures that are read as a video
@@ -106,6 +107,11 @@ def is_media(head: bytes) -> bool:
 def is_heic(head: bytes) -> bool:
     """Whether a file is a HEIC picture: its major brand decides, since many hold a video too."""
     return head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS
+
+
+def is_avif(head: bytes) -> bool:
+    """Whether a file is an AVIF picture, or a sequence of them."""
+    return head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis")
 
 
 def is_mjpeg(content: bytes) -> bool:

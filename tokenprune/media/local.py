@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
-from typing import IO
+from typing import IO, Any
 from urllib.parse import unquote, unquote_to_bytes
 
 from tokenprune.errors import MediaError
@@ -48,6 +48,8 @@ class LocalFile:
     Args:
         source: what the caller gave.
         fetch: gets what URLs name; None refuses them.
+
+    An open file is left at the position where it was found.
 
     Attributes:
         path: of the file.
@@ -237,7 +239,7 @@ def _written(source: object) -> str:
         )
     descriptor, path = tempfile.mkstemp(prefix="tokenprune-")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with _kept_position(source), os.fdopen(descriptor, "wb") as file:
             for block in blocks:
                 if not isinstance(block, bytes | bytearray | memoryview):
                     raise MediaError("an open file must give bytes: open it with mode 'rb'")
@@ -246,6 +248,18 @@ def _written(source: object) -> str:
         _remove(path)
         raise
     return path
+
+
+@contextmanager
+def _kept_position(source: Any) -> Iterator[None]:
+    """Leave an open file where it was, so that it can be read again; a pipe is at its end."""
+    try:
+        position = source.tell() if source.seekable() else None
+    except (AttributeError, OSError, ValueError):
+        position = None
+    yield
+    if position is not None:
+        source.seek(position)
 
 
 def _remove(path: str) -> None:

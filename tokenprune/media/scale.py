@@ -1,5 +1,7 @@
 """Scaling pictures as the decoder scales frames."""
 
+from typing import Any
+
 import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
@@ -27,7 +29,7 @@ class Scaler:
             out[:] = picture.transpose(2, 0, 1)
             return
         height, width = self._size
-        planar = self._reformatter.reformat(
+        planar: Any = self._reformatter.reformat(
             av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"),
             width=width,
             height=height,

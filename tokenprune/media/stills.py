@@ -14,13 +14,14 @@ from torch import Tensor
 from tokenprune.errors import DecodeError, MediaError, first_line
 from tokenprune.media.colours import WHITE, Background, parse_background, to_rgb
 from tokenprune.media.index.container import check_file
-from tokenprune.media.kinds import HEAD_BYTES, check_kind, is_heic, is_media, is_mjpeg
+from tokenprune.media.kinds import HEAD_BYTES, check_kind, is_avif, is_heic, is_media, is_mjpeg
 from tokenprune.media.limits import check_pixels
 
 __all__ = ["is_animated", "left_out", "open_picture", "picture_tensor", "read_picture", "reading"]
 
 NOT_OPENED = {"MPEG", "EPS", "WMF"}  # no picture; drawings that need other programs to be drawn
 TIMED = {"AVIF", "FLI", "GIF", "PNG", "WEBP"}  # of which several are a video
+SUBFILE, DNG_VERSION = 254, 50706  # tags of TIFF
 VIEWS = {"CUR", "ICNS", "ICO", "PSD"}  # whose several are one picture in sizes or layers
 
 
@@ -124,8 +125,10 @@ def _open(name: str, file: IO[bytes], head: bytes) -> Any:
                 if getattr(picture, "rawmode", "") == "RGBX" and is_animated(picture):
                     # WebP: the frames have no alpha, but what none of them covers is transparent.
                     picture.rawmode = picture._mode = "RGBA"  # type: ignore[attr-defined]
+                if picture.format == "TIFF":
+                    _check_developed(name, head, picture)
                 return picture
-    if is_heic(head):
+    if is_heic(head) or (is_avif(head) and "AVIF" not in Image.OPEN):  # before Pillow 11.3
         from tokenprune.media.heif import HeifPicture
 
         file.seek(0)
@@ -135,6 +138,20 @@ def _open(name: str, file: IO[bytes], head: bytes) -> Any:
             f"cannot read {name!r} as an image: {failed}; give an image that other programs open"
         )
     return None
+
+
+def _check_developed(name: str, head: bytes, picture: Any) -> None:
+    """Check that a TIFF is no raw photograph: what Pillow finds there is a small preview.
+
+    Raises:
+        MediaError: it is one.
+    """
+    tags = picture.tag_v2
+    if head[8:10] == b"CR" or DNG_VERSION in tags or int(tags.get(SUBFILE, 0)) & 1:
+        raise MediaError(
+            f"{name!r} is a camera's raw photograph, of which only a preview could be read; develop"
+            " it, and give it as JPEG or PNG"
+        )
 
 
 def _is_row(file: IO[bytes]) -> bool:
