@@ -18,6 +18,7 @@ from PIL import Image
 from tokenprune.errors import DecodeError, MediaError, first_line
 from tokenprune.media.colours import orientation_of, parse_background, to_rgb
 from tokenprune.media.decode.pool import DecodedGroup
+from tokenprune.media.index.clock import clock_rate
 from tokenprune.media.index.index import Ints, PacketIndex, VideoInfo
 from tokenprune.media.kinds import PICTURE
 from tokenprune.media.limits import check_frames, check_pixels
@@ -73,6 +74,9 @@ def index_pictures(path: str | os.PathLike[str]) -> PacketIndex | None:
         has_audio=False,
         rotation=0,
         start_seconds=0.0,
+        stored_width=width,
+        stored_height=height,
+        clock_fps=clock_rate(ticks / TICKS, count / duration),
     )
     return PacketIndex(
         info=info,

@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 
 from tokenprune.errors import DecodeError
-from tokenprune.media.index.clock import clock_jumps, clock_resets, frame_seconds, is_timed
+from tokenprune.media.index.clock import (
+    clock_jumps,
+    clock_rate,
+    clock_resets,
+    frame_seconds,
+    is_timed,
+)
 from tokenprune.media.index.container import is_skippable, open_video
 from tokenprune.media.index.geometry import geometry
 from tokenprune.media.index.index import NO_PTS, PacketIndex, VideoInfo, hdr_transfer
@@ -120,6 +126,7 @@ def _build(
         stream=number,
         streams=list_streams(container),
         interlaced=first is not None and bool(first.interlaced_frame),
+        clock_fps=clock_rate(seconds, len(order) / duration),
         hdr=None if first is None else hdr_transfer(first),
     )
     return PacketIndex(

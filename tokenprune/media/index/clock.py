@@ -1,5 +1,6 @@
 """Timestamps of packets: whether they identify frames, where they break, and seconds from them."""
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -7,11 +8,40 @@ from numpy.typing import NDArray
 
 from tokenprune.media.index.index import NO_PTS, Bools, Ints
 
-__all__ = ["MPEG_SYSTEMS", "clock_jumps", "clock_resets", "frame_seconds", "is_timed"]
+__all__ = [
+    "MPEG_SYSTEMS",
+    "clock_jumps",
+    "clock_rate",
+    "clock_resets",
+    "frame_seconds",
+    "is_timed",
+]
 
 RAW_STREAMS = {"h264", "hevc", "m4v", "mpegvideo"}  # no container: FFmpeg guesses their timestamps
 DTS_ONLY = {"avi", "asf"}  # containers that tell when frames are decoded, not when shown
 MPEG_SYSTEMS = {"mpegts", "mpeg"}  # transport and program streams: may be joined, clocks and all
+EVEN_SECONDS = 2e-3  # containers round times to milliseconds: less than this is even
+TICKS_PER_SECOND = 1000.0  # by which uneven times are told
+LARGEST_DENOMINATOR = 1001  # of usual rates: 30000/1001
+ROUNDING = 1e-6  # of a rate
+
+
+def clock_rate(seconds: NDArray[np.float64], average: float) -> float:
+    """The rate by which the time of each frame is a whole number, to a millisecond or two.
+
+    Whoever is told a frame's number and a rate takes the one by the other for its time. If frames
+    come evenly, the number is their rank, and the rate their average; else a number counts
+    milliseconds.
+
+    Args:
+        seconds: `[N]` times by rank.
+        average: frames per second.
+    """
+    plain = Fraction(average).limit_denominator(LARGEST_DENOMINATOR)
+    # Else 150 / 30.000000000000004 would be told as four seconds.
+    rate = float(plain) if abs(plain - average) < ROUNDING * average else average
+    error = np.abs(seconds - np.arange(len(seconds)) / rate).max()
+    return rate if error <= EVEN_SECONDS else TICKS_PER_SECOND
 
 
 def clock_resets(pts: Ints, dts: Ints, keyframe: Bools, tick: float, form: str) -> Bools:

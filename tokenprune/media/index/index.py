@@ -55,6 +55,8 @@ class VideoInfo:
         streams: all video and audio streams of the file.
         interlaced: whether frames are flagged as interlaced.
         hdr: "pq" or "hlg" where frames are of high dynamic range, by that transfer; else None.
+        clock_fps: the rate by which the time of each frame is a whole number, to a millisecond or
+            two: the average, where frames come evenly; 1000 where they do not. None: the average.
     """
 
     path: str
@@ -76,6 +78,14 @@ class VideoInfo:
     streams: tuple[StreamInfo, ...] = ()
     interlaced: bool = False
     hdr: Hdr | None = None
+    clock_fps: float | None = None
+
+    @property
+    def clock(self) -> tuple[float, int]:
+        """The rate by which frames are timed, and how many frames of that rate the video lasts."""
+        if self.clock_fps is None:
+            return self.average_fps, self.frame_count
+        return self.clock_fps, max(1, round(self.duration_seconds * self.clock_fps))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
