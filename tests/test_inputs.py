@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -132,6 +133,15 @@ def test_animations_are_videos(ending, loaded, tmp_path):
 
     assert media.video is not None
     assert media.video.pts_seconds.tolist() == pytest.approx([0, 0.1, 0.6, 0.8], abs=1e-3)
+
+
+def test_pictures_that_only_ffmpeg_reads(loaded, tmp_path):
+    with av.open(str(tmp_path / "a.dpx"), "w", format="image2") as out:
+        stream = out.add_stream("dpx", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 40, 30, "rgb24"
+        out.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (40, 30), "red"))))
+    media = read_media(tmp_path / "a.dpx", loaded("qwen2_5_vl"))
+    assert media.video is None and media.frames.shape == (1, 3, 30, 40)
 
 
 def test_bombs_and_long_sounds_are_refused(loaded, files, tmp_path):

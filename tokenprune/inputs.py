@@ -13,6 +13,7 @@ from torch import Tensor
 from tokenprune.errors import MediaError, NoVideoStreamError
 from tokenprune.media import Video, probe, read_audio, read_video
 from tokenprune.media.colours import WHITE, Background
+from tokenprune.media.kinds import is_still_container
 from tokenprune.media.limits import check_sound, current_limits
 from tokenprune.media.local import Fetch, MediaSource, local_file
 from tokenprune.media.stills import read_picture
@@ -80,6 +81,8 @@ def _read_clip(path: str, loaded: LoadedModel, reader: Callable[..., Video], sou
         if not takes_audio:
             raise
         return _audio_alone(path)
+    if len(video) == 1 and is_still_container(video.info.container):
+        return Media(reader(path, size=None).frames)
     track = None
     if takes_audio and sound and video.info.has_audio:
         track = _read_audio(path, video.info.start_seconds)

@@ -401,6 +401,17 @@ def test_what_is_no_media_is_named(content, what, tmp_path):
             attempt(path)
 
 
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [(b"\xff\x0a", "JPEG XL"), (b"\0\0\0\x0cJXL \r\n", "JPEG XL"), (b"gimp xcf v011", "GIMP")],
+)
+def test_pictures_that_nobody_reads_are_named(head, kind, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(head + bytes(200))
+    for attempt in (read_picture, read_video):
+        with pytest.raises(DecodeError, match=rf"a.jpg' is a {kind} picture, which cannot be read"):
+            attempt(tmp_path / "a.jpg")
+
+
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "AVIF", "TIFF", "BMP"])
 def test_broken_pictures_are_called_pictures(form, tmp_path):
     path = tmp_path / "a"

@@ -14,8 +14,8 @@ The rule, from top to bottom:
    - the preview in a camera's raw photograph is none: such files are refused;
    - JPEGs of one size, one right behind the other, are a video (a raw stream of MJPEG).
 
-3. All else is for FFmpeg: a video if it holds a video stream that is no cover picture, else a
-   sound.
+3. All else is for FFmpeg: a picture if its format is one of pictures (OpenEXR, DPX), a video if it
+   holds a video stream that is no cover picture, else a sound.
 
 Where a video is wanted, a picture is a video of one frame; where a picture is wanted, a video is
 none.
@@ -25,7 +25,17 @@ import re
 
 from tokenprune.errors import DecodeError
 
-__all__ = ["HEAD_BYTES", "PICTURE", "check_kind", "is_avif", "is_heic", "is_media", "is_mjpeg"]
+__all__ = [
+    "HEAD_BYTES",
+    "PICTURE",
+    "check_kind",
+    "check_readable",
+    "is_avif",
+    "is_heic",
+    "is_media",
+    "is_mjpeg",
+    "is_still_container",
+]
 
 HEAD_BYTES = 4096
 PICTURE = "picture"  # the container of pictures that are read as a video
@@ -40,6 +50,14 @@ FOREIGN = (
     (b"Rar!\x1a\x07", "a RAR archive", "take the media file out of it"),
     (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file with `git lfs pull`"),
     (b"\x7fELF", "a program", "give a media file"),
+)
+UNREADABLE = (  # pictures that neither Pillow nor FFmpeg opens without a plugin
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"gimp xcf", "GIMP"),
+    (b"AT&TFORM", "DjVu"),
+    (b"BPG\xfb", "BPG"),
+    (b"\xd7\xcd\xc6\x9a", "WMF"),
 )
 MEDIA = (
     b"\x1aE\xdf\xa3",
@@ -93,6 +111,28 @@ def _as_text(head: bytes) -> bytes:
         if head.startswith(mark):
             return head[2:].decode(encoding, "ignore").encode()
     return head.removeprefix(b"\xef\xbb\xbf")
+
+
+def check_readable(name: str, head: bytes) -> None:
+    """Check that a file that Pillow does not open is no picture of a kind that nobody here reads.
+
+    Args:
+        name: of the file.
+        head: its first bytes.
+
+    Raises:
+        DecodeError: it is one.
+    """
+    for magic, what in UNREADABLE:
+        if head.startswith(magic):
+            raise DecodeError(
+                f"{name!r} is a {what} picture, which cannot be read; give it as JPEG or PNG"
+            )
+
+
+def is_still_container(container: str) -> bool:
+    """Whether FFmpeg names a file format so that holds a picture, such as `exr_pipe`."""
+    return container.endswith("_pipe") or container in ("image2", PICTURE)
 
 
 def is_media(head: bytes) -> bool:

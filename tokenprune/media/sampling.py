@@ -109,7 +109,7 @@ def resolve_size(size: Size, info: VideoInfo, frames: int) -> tuple[int, int]:
         raise MediaError(
             f"size must be (height, width), whole numbers from 1 to {LARGEST_SIDE}, got {pair!r}"
         )
-    check_pixels(info.path, width, height)
+    check_pixels(f"size for {info.path}", width, height)
     return height, width
 
 

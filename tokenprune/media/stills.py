@@ -14,7 +14,15 @@ from torch import Tensor
 from tokenprune.errors import DecodeError, MediaError, first_line
 from tokenprune.media.colours import WHITE, Background, parse_background, to_rgb
 from tokenprune.media.index.container import check_file
-from tokenprune.media.kinds import HEAD_BYTES, check_kind, is_avif, is_heic, is_media, is_mjpeg
+from tokenprune.media.kinds import (
+    HEAD_BYTES,
+    check_kind,
+    check_readable,
+    is_avif,
+    is_heic,
+    is_media,
+    is_mjpeg,
+)
 from tokenprune.media.limits import check_pixels
 
 __all__ = ["is_animated", "left_out", "open_picture", "picture_tensor", "read_picture", "reading"]
@@ -137,6 +145,7 @@ def _open(name: str, file: IO[bytes], head: bytes) -> Any:
         raise DecodeError(
             f"cannot read {name!r} as an image: {failed}; give an image that other programs open"
         )
+    check_readable(name, head)
     return None
 
 
