@@ -79,19 +79,22 @@ class PacketDecoder:
     Args:
         index: the packet index.
         threads: for frame threading in the codec; one is used where threads would hide damage.
+        context: a codec context that nobody else uses; without one, the file is opened for it.
 
     Attributes:
         frames: the number of frames that came out so far.
     """
 
-    def __init__(self, index: PacketIndex, threads: int) -> None:
+    def __init__(self, index: PacketIndex, threads: int, context: Any = None) -> None:
         self._index = index
         self._stack = ExitStack()
-        opened = open_video(index.info.path, index.source)
-        container, stream = self._stack.enter_context(opened)
-        if threads > 1 and not _frame_threads_report_damage(container, stream, index):
-            threads = 1
-        self._context = stream.codec_context
+        if context is None or threads > 1:
+            opened = open_video(index.info.path, index.source)
+            container, stream = self._stack.enter_context(opened)
+            if threads > 1 and not _frame_threads_report_damage(container, stream, index):
+                threads = 1
+            context = stream.codec_context
+        self._context = context
         self._context.thread_type = "FRAME" if threads > 1 else "NONE"
         self._context.thread_count = threads
         if threads > 1:

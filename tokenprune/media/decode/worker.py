@@ -64,7 +64,7 @@ class UnitDecoder:
         self._resize = Resizer(size, index)
         self._expects_progressive = index.source.rendering.deinterlace and not index.deinterlaces
         self._reader = PacketReader(index, self._at_packet)
-        self._decoder = PacketDecoder(index, threads)
+        self._decoder = PacketDecoder(index, threads, self._reader.codec_context)
         self._retry_decoder: PacketDecoder | None = None
         # Up to now, and up to the unit at work. Damage may be long, and is searched once.
         self._searched = self._searched_before = _Searched()

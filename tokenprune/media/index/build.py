@@ -13,6 +13,7 @@ from tokenprune.media.index.clock import (
     clock_resets,
     frame_seconds,
     is_timed,
+    usual_step,
 )
 from tokenprune.media.index.container import is_skippable, open_video
 from tokenprune.media.index.geometry import geometry
@@ -89,7 +90,8 @@ def _build(
     tick, form = float(stream.time_base), container.format.name
     resets = clock_resets(pts, dts, keyframe, tick, form)
     section = np.cumsum(resets).astype(np.int64)  # [P]
-    by_time = np.lexsort((pts, section))  # [P] place to packet
+    # [P] place to packet; one key is sorted much faster than two
+    by_time = np.lexsort((pts, section)) if section[-1] else np.argsort(pts, kind="stable")
     visible = np.zeros(len(pts), bool)
     visible[shown] = True
     shown_by_time = by_time[visible[by_time]]  # [N]
@@ -98,11 +100,12 @@ def _build(
     by_place = by_time if timed else np.arange(len(pts))
     place = np.empty(len(pts), np.int64)
     place[by_place] = np.arange(len(pts))
-    order = shown[np.argsort(place[shown])]  # [N] rank to packet
+    order = shown_by_time if timed else shown  # [N] rank to packet
     rate = float(stream.guessed_rate or stream.average_rate or 25)
-    seconds, step = frame_seconds(pts[order], section[order], tick, rate)
+    times = pts[order], section[order], tick, rate
+    seconds = frame_seconds(*times)
     last = int(columns.duration[order[-1]]) * tick
-    duration = float(seconds[-1]) + (last if timed and last > 0 else step)
+    duration = float(seconds[-1]) + (last if timed and last > 0 else usual_step(*times))
 
     first = packets.first_frame
     sizes = geometry(stream, first, source.rendering.aspect)

@@ -15,6 +15,7 @@ __all__ = [
     "clock_resets",
     "frame_seconds",
     "is_timed",
+    "usual_step",
 ]
 
 RAW_STREAMS = {"h264", "hevc", "m4v", "mpegvideo"}  # no container: FFmpeg guesses their timestamps
@@ -80,25 +81,21 @@ def is_timed(container: Any, stream: Any, pts: Ints, section: Ints) -> bool:
     return bool((pts != NO_PTS).all() and not twins.any())
 
 
-def frame_seconds(
-    pts: Ints, section: Ints, tick: float, rate: float
-) -> tuple[NDArray[np.float64], float]:
-    """Times of frames from 0, sections set one after the other, and the usual frame duration.
+def frame_seconds(pts: Ints, section: Ints, tick: float, rate: float) -> NDArray[np.float64]:
+    """Times `[N]` of frames from 0, sections set one after the other.
 
     Args:
         pts: `[N]` by rank, in ticks.
         section: `[N]` number of clock resets before each.
         tick: seconds of a tick.
         rate: frames a second as the file declares them, where PTS do not tell.
-
-    Returns:
-        Seconds `[N]`, and seconds of a frame.
     """
     if (pts == NO_PTS).any():
-        return np.arange(len(pts)) / rate, 1 / rate
-    steps = np.diff(pts) * tick
-    steps = steps[(np.diff(section) == 0) & (steps > 0)]
-    step = float(np.median(steps)) if len(steps) else 1 / rate
+        return np.arange(len(pts)) / rate
+    if section[0] == section[-1] and (np.diff(pts) >= 0).all():
+        plain: NDArray[np.float64] = (pts - pts[0]) * tick
+        return plain
+    step = usual_step(pts, section, tick, rate)
     seconds = np.empty(len(pts))
     start = 0.0
     for number in np.unique(section):
@@ -106,4 +103,13 @@ def frame_seconds(
         ticks = np.sort(pts[here])
         seconds[here] = start + (ticks - ticks[0]) * tick
         start = float(seconds[here][-1]) + step
-    return seconds, step
+    return seconds
+
+
+def usual_step(pts: Ints, section: Ints, tick: float, rate: float) -> float:
+    """Seconds of a frame, mostly; arguments as those of `frame_seconds`."""
+    if (pts == NO_PTS).any():
+        return 1 / rate
+    steps = np.diff(pts) * tick
+    steps = steps[(np.diff(section) == 0) & (steps > 0)]
+    return float(np.median(steps)) if len(steps) else 1 / rate

@@ -144,6 +144,16 @@ class PacketIndex:
         """`[P]` place to packet."""
         return np.argsort(self.place)
 
+    @cached_property
+    def by_pts(self) -> Ints:
+        """`[P]` packets by their PTS."""
+        return np.argsort(self.pts, kind="stable")
+
+    @cached_property
+    def offsets(self) -> Ints:
+        """`[P + 1]` bytes of all packets before each."""
+        return np.concatenate([[0], np.cumsum(self.size)])
+
     @property
     def deinterlaces(self) -> bool:
         """Whether its frames are to be deinterlaced."""
