@@ -423,6 +423,16 @@ def test_broken_pictures_are_called_pictures(form, tmp_path):
             read_picture(path)
 
 
+def test_tiny_files_fail(tmp_path):
+    path = tmp_path / "a"
+    for content in (b"a", b"II", b"\xff\xd8\xff", b"BM", b"\0\0\0\x18ftyp", b"RIFF"):
+        path.write_bytes(content)
+        for attempt in (read_picture, read_video):
+            if attempt is read_video or content in (b"\xff\xd8\xff", b"BM"):
+                with pytest.raises(DecodeError, match="cannot read"):
+                    attempt(path)
+
+
 def test_orientation_of_pictures(tmp_path):
     """As EXIF or TIFF tells it; the size that is told is that of the upright picture."""
     drawn = quarters(30, 50)

@@ -117,25 +117,26 @@ def _open(name: str, file: IO[bytes], head: bytes) -> Any:
         load()
         for form in [form for form in Image.ID if form not in NOT_OPENED]:
             factory, accept = Image.OPEN[form]
-            accepted = True if accept is None else accept(head[:16])
-            if isinstance(accepted, str):
-                failed = accepted
-            elif accepted:
-                file.seek(0)
-                try:
-                    picture: Image.Image = factory(file, name)
-                except Exception as no:  # Pillow raises many kinds
-                    if accept is not None:
-                        failed = f"{form}: {first_line(no)}"
+            accepted: bool | str = False
+            try:
+                accepted = True if accept is None else accept(head[:16])
+                if isinstance(accepted, str) or not accepted:
+                    failed = accepted or failed
                     continue
-                if picture.format == "JPEG" and _is_row(file):
-                    return None
-                if getattr(picture, "rawmode", "") == "RGBX" and is_animated(picture):
-                    # WebP: the frames have no alpha, but what none of them covers is transparent.
-                    picture.rawmode = picture._mode = "RGBA"  # type: ignore[attr-defined]
-                if picture.format == "TIFF":
-                    _check_developed(name, head, picture)
-                return picture
+                file.seek(0)
+                picture: Image.Image = factory(file, name)
+            except Exception as no:  # Pillow raises many kinds, of tiny files too
+                if accept is not None and accepted:
+                    failed = f"{form}: {first_line(no)}"
+                continue
+            if picture.format == "JPEG" and _is_row(file):
+                return None
+            if getattr(picture, "rawmode", "") == "RGBX" and is_animated(picture):
+                # WebP: the frames have no alpha, but what none of them covers is transparent.
+                picture.rawmode = picture._mode = "RGBA"  # type: ignore[attr-defined]
+            if picture.format == "TIFF":
+                _check_developed(name, head, picture)
+            return picture
     if is_heic(head) or (is_avif(head) and "AVIF" not in Image.OPEN):  # before Pillow 11.3
         from tokenprune.media.heif import HeifPicture
 
