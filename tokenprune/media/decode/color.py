@@ -80,7 +80,9 @@ class ToneMapper:
         brightest = np.maximum(light.max(axis=0), 1e-6)  # [H, W]
         light *= _pressed(brightest) / brightest
         light = np.einsum("dc,chw->dhw", _to_bt709(int(frame.color_primaries)), light)
-        return _encoded()[(light.clip(0, 1) * (_LEVELS - 1) + 0.5).astype(np.int32)]
+        levels = (light.clip(0, 1) * (_LEVELS - 1) + 0.5).astype(np.int32)
+        shown: NDArray[np.uint8] = _encoded()[levels]
+        return shown
 
 
 @cache
@@ -101,7 +103,8 @@ def _pressed(light: NDArray[np.float32]) -> NDArray[np.float32]:
     """The curve: the same up to the knee, and from there on, as smoothly, to 1 at the peak."""
     room = (PEAK - KNEE) * (1 - KNEE) / (PEAK - 1)
     above = np.maximum(light - KNEE, 0)
-    return np.minimum(light, KNEE) + above * room / (room + above)
+    pressed: NDArray[np.float32] = np.minimum(light, KNEE) + above * room / (room + above)
+    return pressed
 
 
 @cache

@@ -24,7 +24,7 @@ class Rendering:
             which models know; as they are, they look grey and flat.
 
     Raises:
-        MediaError: an aspect that there is not.
+        MediaError: a value that is none of these.
     """
 
     aspect: Aspect = "displayed"
@@ -34,6 +34,9 @@ class Rendering:
     def __post_init__(self) -> None:
         if self.aspect not in get_args(Aspect):
             raise MediaError(f'aspect must be "displayed" or "stored", got {self.aspect!r}')
+        for name in ("deinterlace", "tone_map"):
+            if not isinstance(getattr(self, name), bool):
+                raise MediaError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
