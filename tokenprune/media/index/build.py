@@ -17,7 +17,14 @@ from tokenprune.media.index.clock import (
 )
 from tokenprune.media.index.container import is_skippable, open_video
 from tokenprune.media.index.geometry import geometry
-from tokenprune.media.index.index import NO_PTS, PacketIndex, VideoInfo, hdr_transfer
+from tokenprune.media.index.index import (
+    NO_PTS,
+    Bools,
+    Ints,
+    PacketIndex,
+    VideoInfo,
+    hdr_transfer,
+)
 from tokenprune.media.index.mp4 import check_data_is_here, sample_table
 from tokenprune.media.index.scan import Columns, PacketScan
 from tokenprune.media.index.source import References, Rendering, Source
@@ -89,7 +96,7 @@ def _build(
     pts, dts, shown, keyframe = columns.pts, columns.dts, columns.shown, columns.keyframe
     tick, form = float(stream.time_base), container.format.name
     resets = clock_resets(pts, dts, keyframe, tick, form)
-    section = np.cumsum(resets).astype(np.int64)  # [P]
+    section = _count(resets)  # [P]
     # [P] place to packet; one key is sorted much faster than two
     by_time = np.lexsort((pts, section)) if section[-1] else np.argsort(pts, kind="stable")
     visible = np.zeros(len(pts), bool)
@@ -139,7 +146,7 @@ def _build(
         size=columns.size,
         keyframe=keyframe,
         place=place,
-        epoch=np.cumsum(resets | clock_jumps(dts, tick, form)),
+        epoch=_count(resets | clock_jumps(dts, tick, form)),
         order=order,
         seconds=seconds,
         timed=timed,
@@ -148,3 +155,8 @@ def _build(
         scanned=scanned,
         source=replace(source, stream=number),
     )
+
+
+def _count(marks: Bools) -> Ints:
+    """`[P]` how many marks there are up to each; most files have none."""
+    return np.cumsum(marks).astype(np.int64) if marks.any() else np.zeros(len(marks), np.int64)

@@ -41,7 +41,8 @@ def clock_rate(seconds: NDArray[np.float64], average: float) -> float:
     plain = Fraction(average).limit_denominator(LARGEST_DENOMINATOR)
     # Else 150 / 30.000000000000004 would be told as four seconds.
     rate = float(plain) if abs(plain - average) < ROUNDING * average else average
-    error = np.abs(seconds - np.arange(len(seconds)) / rate).max()
+    late = seconds - np.arange(len(seconds)) / rate
+    error = max(float(late.max()), -float(late.min()))
     return rate if error <= EVEN_SECONDS else TICKS_PER_SECOND
 
 
