@@ -16,7 +16,7 @@ SIZE = (112, 192)  # of the frames of most clips; the others are scaled to it
 SHORT, LONG = 72, 300
 # These are displayed otherwise than a plain decode gives them.
 ELSEWISE = {"h264_turned_90", "h264_turned_180"}
-INTERLACED = {"mpeg2_ts_interlaced"}
+INTERLACED = {"h264_bottom_field_first", "mpeg2_ts_interlaced"}
 # Their frames have no PTS, or PTS that fall back.
 WITHOUT_PTS = {
     "h264_asf",

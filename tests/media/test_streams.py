@@ -101,7 +101,7 @@ def test_a_stream_that_is_not_there_fails(stream, tmp_path):
 
 @pytest.mark.parametrize("stream", [True, 1.0, "1"])
 def test_a_stream_that_is_no_number_fails(stream, clip):
-    with pytest.raises(MediaError, match="stream must be the number of a video stream, from 0, go"):
+    with pytest.raises(MediaError, match="stream must be .*number.*, got"):
         VideoReader(clip("h264_bframes").path, stream=stream)
 
 

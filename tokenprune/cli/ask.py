@@ -43,10 +43,10 @@ def ask(
     # before either are told first.
     if max_new_tokens < 1:
         raise TokenPruneError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
-    from tokenprune.media.index.container import check_file
+    from tokenprune.media.local import check_source
     from tokenprune.models.prompts import check_question
 
-    check_file(file)
+    check_source(file)
     check_question(question)
     if file.suffix == ".safetensors":
         settled: dict[str, object] = {"recipe": recipe, "frames": frames, "fps": fps}

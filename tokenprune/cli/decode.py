@@ -29,9 +29,9 @@ def decode_video(
     as_json: Json = False,
 ) -> None:
     """Decode frames of a video, and write them."""
-    from tokenprune.media.index.container import check_file
+    from tokenprune.media.local import check_source
 
-    check_file(file)
+    check_source(file)
     check_frames(frames, fps)
     from tokenprune.media.sampling import parse_size
 

@@ -26,9 +26,9 @@ def plan_file(
     as_json: Json = False,
 ) -> None:
     """Say what a recipe will save on a file, without loading weights."""
-    from tokenprune.media.index.container import check_file
+    from tokenprune.media.local import check_source
 
-    check_file(file)
+    check_source(file)
     check_frames(frames, fps)
     check_group(group)
     from tokenprune.plan.planning import plan

@@ -29,9 +29,9 @@ def watch_video(
 
     `ask` answers questions about the file that is saved.
     """
-    from tokenprune.media.index.container import check_file
+    from tokenprune.media.local import check_source
 
-    check_file(video)
+    check_source(video)
     check_frames(frames, fps)
     from tokenprune.asking import default_recipe
     from tokenprune.models.load import load_model

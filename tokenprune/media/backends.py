@@ -151,6 +151,8 @@ class LibraryDecoder:
             return "of several video streams it might take another"
         if index.deinterlaces:
             return "its frames are interlaced, and would stay so"
+        if info.hdr and index.source.rendering.tone_map:
+            return "its high dynamic range would not be tone-mapped"
         if info.mirrored:
             return "its frames are stored mirrored, which it does not mend"
         return None

@@ -1,20 +1,24 @@
 """`read_video` and `stream_video`: from a file to frames in one call."""
 
-import os
 from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING
 
 from tokenprune.media.backends import Backend
 from tokenprune.media.decode.pool import WorkerKind
 from tokenprune.media.index.source import References, Rendering
+from tokenprune.media.local import MediaSource
 from tokenprune.media.reader import TIMEOUT_SECONDS, VideoReader
 from tokenprune.media.sampling import Size
 from tokenprune.media.video import Video
+
+if TYPE_CHECKING:
+    from tokenprune.media.colours import Background
 
 __all__ = ["read_video", "stream_video"]
 
 
 def read_video(
-    path: str | os.PathLike[str],
+    path: MediaSource,
     *,
     frames: int | None = None,
     fps: float | None = None,
@@ -30,13 +34,14 @@ def read_video(
     stream: int | None = None,
     references: References | None = None,
     rendering: Rendering | None = None,
+    background: "Background" = "white",
 ) -> Video:
     """Decode chosen frames of a video file, exactly those, with little else decoded.
 
     Give one of `frames`, `fps`, `indices` and `seconds`; without any, 64 frames are taken.
 
     Args:
-        path: a local file.
+        path: a local file, or what it holds, see `VideoReader`.
         frames: how many, evenly spread, the first and the last of the range included. If the
             range has fewer, each of its frames once.
         fps: frames per second from `start` on: at each time the frame on screen, each frame once.
@@ -55,6 +60,7 @@ def read_video(
         stream: number of the video stream, see `VideoReader`.
         references: which other files the file may refer to, see `VideoReader`.
         rendering: how frames are to look; None means as they are meant to be seen.
+        background: what is laid under what is transparent in an animated picture.
 
     Returns:
         The frames, in the order asked for, with their times and ranks; `damaged` says how many are
@@ -72,6 +78,7 @@ def read_video(
         stream=stream,
         references=references,
         rendering=rendering,
+        background=background,
     )
     return reader.read(
         frames=frames, fps=fps, indices=indices, seconds=seconds, start=start, end=end, size=size
@@ -79,7 +86,7 @@ def read_video(
 
 
 def stream_video(
-    path: str | os.PathLike[str],
+    path: MediaSource,
     *,
     group: int = 8,
     first_group: int | None = None,
@@ -97,6 +104,7 @@ def stream_video(
     stream: int | None = None,
     references: References | None = None,
     rendering: Rendering | None = None,
+    background: "Background" = "white",
 ) -> Generator[Video, None, None]:
     """Decode chosen frames in groups, in order, while the caller works on those before.
 
@@ -124,6 +132,7 @@ def stream_video(
         stream=stream,
         references=references,
         rendering=rendering,
+        background=background,
     )
     return reader.stream(
         group=group,

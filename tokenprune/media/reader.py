@@ -3,6 +3,8 @@
 import os
 import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,13 +12,22 @@ import torch
 from tokenprune.errors import DecodeError, MediaError
 from tokenprune.media.backends import LIBRARIES, Backend, LibraryDecoder, check_backend
 from tokenprune.media.decode.cores import worker_count
+from tokenprune.media.decode.deinterlace import InterlacedFrames
 from tokenprune.media.decode.demux import IndexMismatch
 from tokenprune.media.decode.pool import DecodedGroup, FrameDecoder, WorkerKind
-from tokenprune.media.index.build import index_video
 from tokenprune.media.index.index import Ints, PacketIndex, VideoInfo
 from tokenprune.media.index.source import References, Rendering, Source
+from tokenprune.media.kinds import PICTURE
+from tokenprune.media.limits import check_clip, check_pixels
+from tokenprune.media.local import LocalFile, MediaSource
+from tokenprune.media.numbers import parse_number, parse_whole
+from tokenprune.media.opening import index_video
 from tokenprune.media.sampling import FrameRequest, Size, resolve_size
 from tokenprune.media.video import Timings, Video
+
+if TYPE_CHECKING:
+    from tokenprune.media.animation import PictureDecoder
+    from tokenprune.media.colours import Background
 
 __all__ = ["TIMEOUT_SECONDS", "VideoReader", "group_bounds"]
 
@@ -37,7 +48,8 @@ class VideoReader:
     It holds no open file and no workers: those live as long as a call, or a stream.
 
     Args:
-        path: a local file.
+        path: a local file, by its path or a `file:` URI; or what it holds, as a `data:` URI, bytes
+            or a file opened to read them.
         workers: how many decode at a time; None means one for each core we may use.
         worker_kind: "thread" (the default), or "process" for callers that run much Python while
             they consume a stream: a decoding thread would have to wait for the GIL several times a
@@ -52,6 +64,7 @@ class VideoReader:
         references: which other files it may refer to, as playlists do: "folder" for those in its
             folder and below; None, the default, for none.
         rendering: how frames are to look; None means as they are meant to be seen.
+        background: what is laid under what is transparent in an animated picture.
 
     Attributes:
         info: what the file holds.
@@ -64,7 +77,7 @@ class VideoReader:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: MediaSource,
         *,
         workers: int | None = None,
         worker_kind: WorkerKind | None = None,
@@ -73,9 +86,12 @@ class VideoReader:
         stream: int | None = None,
         references: References | None = None,
         rendering: Rendering | None = None,
+        background: "Background" = "white",
     ) -> None:
-        self._source = Source(stream, references, rendering or Rendering())
-        self._workers = worker_count(workers)
+        number = None if stream is None else parse_whole("stream", stream)
+        self._source = Source(number, references, rendering or Rendering())
+        self._background = background
+        self._workers = worker_count(None if workers is None else parse_whole("workers", workers))
         self._kind = _check_kind(worker_kind)
         if worker_kind is not None and backend in LIBRARIES:
             raise MediaError(
@@ -84,10 +100,12 @@ class VideoReader:
             )
         check_backend(backend)
         self._backend = backend
-        if not timeout_seconds > 0:
-            raise MediaError(f"timeout_seconds must be above 0, got {timeout_seconds!r}")
-        self._timeout = timeout_seconds
-        self._index(path)
+        self._timeout = parse_number(
+            "timeout_seconds", timeout_seconds, above=0, infinite=True, rule="be above 0"
+        )
+        self._local = LocalFile(path)  # lives as long as the reader
+        with self._local.naming():
+            self._index(self._local.path)
 
     def _index(self, path: str | os.PathLike[str], *, scan: bool = False) -> None:
         begin = time.perf_counter()
@@ -99,6 +117,7 @@ class VideoReader:
             references=source.references,
             rendering=source.rendering,
         )
+        check_pixels(self.info.path, self.info.width, self.info.height)
         self.index_seconds = time.perf_counter() - begin
 
     @property
@@ -131,6 +150,7 @@ class VideoReader:
         request = FrameRequest(frames, fps, indices, seconds, start, end, size)
         begin, index = time.perf_counter(), self.index
         asked = request.ranks(index)
+        check_clip(self.info.path, len(asked), *resolve_size(size, self.info, len(asked)))
         (video,) = self._deliver(request, index, lambda count: np.array([0, count]))
         if self.index is not index:
             asked = request.ranks(self.index)
@@ -162,7 +182,10 @@ class VideoReader:
         size: Size = None,
     ) -> Generator[Video, None, None]:
         """Decode chosen frames in groups; the arguments are those of `stream_video`."""
-        first = min(FIRST_GROUP, group) if first_group is None else first_group
+        group = parse_whole("group", group)
+        first = parse_whole(
+            "first_group", min(FIRST_GROUP, group) if first_group is None else first_group
+        )
         if group < 1:
             raise MediaError(f"group must be at least 1 frame, got {group}")
         if not 1 <= first <= group:
@@ -207,6 +230,10 @@ class VideoReader:
                     for part in decoder.groups():
                         yield self._video(index, decoder, part, rest, decoded_before, bytes_before)
                         delivered += len(part.frames)
+            except InterlacedFrames:  # those delivered were not
+                decoded_before += decoder.pictures_decoded
+                bytes_before += decoder.bytes_read
+                index = self.index = replace(index, info=replace(index.info, interlaced=True))
             except IndexMismatch:
                 if index.scanned:
                     raise
@@ -224,7 +251,11 @@ class VideoReader:
 
     def _decoder(
         self, index: PacketIndex, ranks: Ints, size: tuple[int, int], bounds: Ints
-    ) -> FrameDecoder | LibraryDecoder:
+    ) -> "FrameDecoder | LibraryDecoder | PictureDecoder":
+        if index.info.container == PICTURE and self._backend == "pyav":
+            from tokenprune.media.animation import PictureDecoder
+
+            return PictureDecoder(index, ranks, size, bounds, self._background)
         if self._backend != "pyav":
             library = LIBRARIES[self._backend]
             return library(index, ranks, size, bounds=bounds, workers=self._workers)
@@ -242,7 +273,7 @@ class VideoReader:
     def _video(
         self,
         index: PacketIndex,
-        decoder: FrameDecoder | LibraryDecoder,
+        decoder: "FrameDecoder | LibraryDecoder | PictureDecoder",
         part: DecodedGroup,
         ranks: Ints,
         decoded_before: int,

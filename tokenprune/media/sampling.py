@@ -8,6 +8,8 @@ import numpy as np
 
 from tokenprune.errors import MediaError
 from tokenprune.media.index.index import Ints, PacketIndex, VideoInfo
+from tokenprune.media.limits import check_frames, check_pixels
+from tokenprune.media.numbers import numbers_of, parse_number, parse_whole, plain
 
 __all__ = ["FrameRequest", "Size", "SizeRule", "check_amount", "parse_size", "resolve_size"]
 
@@ -34,6 +36,13 @@ class FrameRequest:
     end: float | None = None
     size: Size = None
 
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if value is not None:
+                parse_number(name, value, infinite=True, rule="be a number of seconds")
+                object.__setattr__(self, name, plain(value))
+
     def ranks(self, index: PacketIndex) -> Ints:
         """Presentation ranks `[F]` of the frames, in the order asked.
 
@@ -41,14 +50,20 @@ class FrameRequest:
             MediaError: arguments contradict each other, or lie outside the video.
         """
         self._check()
+        ranks = self._ranks(index)
+        check_frames(index.info.path, len(ranks))
+        return ranks
+
+    def _ranks(self, index: PacketIndex) -> Ints:
         if self.indices is not None:
             return _by_index(index, self.indices)
         if self.seconds is not None:
             return _by_time(index, self.seconds)
         begin, stop = _range(index.info, self.start, self.end)
         if self.fps is not None:
-            return _by_rate(index, self.fps, begin, stop)
-        return _by_count(index, DEFAULT_FRAMES if self.frames is None else self.frames, begin, stop)
+            return _by_rate(index, parse_number("fps", self.fps), begin, stop)
+        frames = DEFAULT_FRAMES if self.frames is None else parse_whole("frames", self.frames)
+        return _by_count(index, frames, begin, stop)
 
     def _check(self) -> None:
         ways = ("frames", "fps", "indices", "seconds")
@@ -71,10 +86,10 @@ def check_amount(frames: int | None, fps: float | None) -> None:
     Raises:
         MediaError: a number that no video could give.
     """
-    if frames is not None and (not _is_whole(frames) or frames < 1):
-        raise MediaError(f"frames must be a whole number of at least 1, got {frames!r}")
-    if fps is not None and not (isinstance(fps, int | float) and math.isfinite(fps) and fps > 0):
-        raise MediaError(f"fps must be a number above 0, got {fps!r}")
+    if frames is not None:
+        parse_whole("frames", frames, least=1)
+    if fps is not None:
+        parse_number("fps", fps, above=0, rule="be a number above 0")
 
 
 def resolve_size(size: Size, info: VideoInfo, frames: int) -> tuple[int, int]:
@@ -86,12 +101,16 @@ def resolve_size(size: Size, info: VideoInfo, frames: int) -> tuple[int, int]:
     if size is None:
         return info.height, info.width
     pair = size(info.height, info.width, frames) if callable(size) else size
-    good = isinstance(pair, Sequence) and len(pair) == 2 and all(map(_is_whole, pair))
-    if not good or not all(1 <= side <= LARGEST_SIDE for side in pair):
+    try:
+        height, width = (parse_whole("size", side, least=1) for side in numbers_of("size", pair))
+    except (MediaError, ValueError):  # not two of them
+        height = width = 0
+    if not all(1 <= side <= LARGEST_SIDE for side in (height, width)):
         raise MediaError(
             f"size must be (height, width), whole numbers from 1 to {LARGEST_SIDE}, got {pair!r}"
         )
-    return int(pair[0]), int(pair[1])
+    check_pixels(f"size for {info.path}", width, height)
+    return height, width
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -125,27 +144,26 @@ def _by_rate(index: PacketIndex, fps: float, begin: float, stop: float) -> Ints:
 
 def _by_index(index: PacketIndex, indices: Sequence[int]) -> Ints:
     total = index.info.frame_count
-    if len(indices) == 0:
+    rule = f"be whole numbers from 0 to {total - 1} in {index.info.path!r} ({total} frames)"
+    ranks = [
+        parse_whole("indices", value, least=0, rule=rule)
+        for value in numbers_of("indices", indices)
+    ]
+    if not ranks:
         raise MediaError("indices must name at least one frame, got none")
-    for value in indices:
-        if not _is_whole(value) or not 0 <= value < total:
-            raise MediaError(
-                f"indices must be whole numbers from 0 to {total - 1} in {index.info.path!r}"
-                f" ({total} frames), got {value!r}"
-            )
-    return np.array([int(value) for value in indices], np.int64)
+    if max(ranks) >= total:
+        raise MediaError(f"indices must {rule}, got {max(ranks)!r}")
+    return np.array(ranks, np.int64)
 
 
 def _by_time(index: PacketIndex, seconds: Sequence[float]) -> Ints:
     duration = index.info.duration_seconds
-    if len(seconds) == 0:
+    rule = f"lie from 0 to {duration:.3f} in {index.info.path!r}"
+    given = numbers_of("seconds", seconds)
+    if not given:
         raise MediaError("seconds must name at least one time, got none")
-    for value in seconds:
-        if not 0 <= value <= duration:  # also refuses nan
-            raise MediaError(
-                f"seconds must lie from 0 to {duration:.3f} in {index.info.path!r}, got {value!r}"
-            )
-    return _on_screen(index, np.array(seconds, np.float64))
+    times = [parse_number("seconds", value, least=0, most=duration, rule=rule) for value in given]
+    return _on_screen(index, np.array(times, np.float64))
 
 
 def _range(info: VideoInfo, start: float | None, end: float | None) -> tuple[float, float]:
@@ -169,7 +187,3 @@ def _on_screen(index: PacketIndex, seconds: np.ndarray[tuple[int], np.dtype[np.f
 def _before(index: PacketIndex, stop: float) -> int:
     """The last frame that begins before a time."""
     return int(np.searchsorted(index.seconds, stop - 1e-6, "left")) - 1
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from tokenprune.errors import MediaError
+from tokenprune.media.numbers import parse_whole
 
 __all__ = ["MAX_TOKENS", "MIN_TOKENS", "PixelLimits", "ShortestEdge", "VolumeLimits"]
 
@@ -39,6 +40,7 @@ class PixelLimits:
     total_pixels: int | None = None
 
     def __post_init__(self) -> None:
+        _make_whole(self, "multiple", "min_pixels", "max_pixels", "total_pixels")
         _check_limits(self.multiple, *self._limits)
         if self.total_pixels is not None and self.total_pixels < 1:
             raise MediaError(f"total_pixels must be at least 1, got {self.total_pixels}")
@@ -81,6 +83,7 @@ class VolumeLimits:
     max_pixels: int = MAX_TOKENS * 32**2
 
     def __post_init__(self) -> None:
+        _make_whole(self, "multiple", "min_pixels", "max_pixels")
         _check_limits(self.multiple, self.min_pixels, self.max_pixels)
 
     def __call__(self, height: int, width: int, frames: int) -> tuple[int, int]:
@@ -93,6 +96,14 @@ class VolumeLimits:
         paired = round(frames / 2) * 2
         least, most = self.min_pixels, self.max_pixels
         return _fit(height, width, self.multiple, least, most, frames, paired)
+
+
+def _make_whole(rule: object, *names: str) -> None:
+    """Make fields of a rule Python's whole numbers; None stays."""
+    for name in names:
+        value = getattr(rule, name)
+        if value is not None:
+            object.__setattr__(rule, name, parse_whole(name, value))
 
 
 def _check_limits(multiple: int, least: int, most: int) -> None:
@@ -146,6 +157,7 @@ class ShortestEdge:
     pixels: int = 336
 
     def __post_init__(self) -> None:
+        _make_whole(self, "pixels")
         if self.pixels < 1:
             raise MediaError(f"pixels must be at least 1, got {self.pixels}")
 

@@ -24,7 +24,9 @@ def register_with_transformers() -> None:
 
     It stays so until the process ends; calling this again changes nothing. The default backends of
     `load_video` and of the processors stay as they are. A processor that is given what `load_video`
-    returns should be told `do_sample_frames=False`.
+    returns should be told `do_sample_frames=False`. As `load_video` does, it tells ranks and the
+    average rate: where frames do not come evenly, take `read_video` and its `metadata`, by which
+    processors are told each frame's own time.
     """
     from transformers.video_utils import VIDEO_DECODERS
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from tokenprune.errors import MediaError
@@ -69,16 +70,22 @@ class Clip(ABC):
         """Frames per second of the source, those included that are not among `frames`."""
 
     @property
+    def clock_fps(self) -> float:
+        """The rate by which `even_indices` count."""
+        return self.source_fps
+
+    @property
     def even_indices(self) -> Tensor:
-        """`[F]` which frame each would be if they came evenly: the ranks, but where rates vary."""
-        return (self.pts_seconds * self.source_fps).round().long()
+        """`[F]` the time of each, counted at the clock's rate: the ranks, if frames come evenly."""
+        return (self.pts_seconds * self.clock_fps).round().long()
 
     @property
     def metadata(self) -> "VideoMetadata":
         """The metadata for transformers' processors; use it with `do_sample_frames=False`.
 
         Processors take a frame's time to be its index by the rate; so `frames_indices` are
-        `even_indices`.
+        `even_indices`, and `fps` is the rate of the clock. The sampled rate, which is all that some
+        take, is the average.
         """
         from transformers.video_utils import VideoMetadata
 
@@ -86,10 +93,10 @@ class Clip(ABC):
         count = 1 + max(indices)
         return VideoMetadata(
             total_num_frames=count,
-            fps=self.source_fps,
+            fps=self.clock_fps,
             width=self.frames.shape[3],
             height=self.frames.shape[2],
-            duration=count / self.source_fps,
+            duration=count / self.clock_fps,
             video_backend="tokenprune",
             frames_indices=indices,
         )
@@ -139,10 +146,27 @@ class Video(Clip):
         return self.info.average_fps
 
     @property
+    def clock_fps(self) -> float:
+        """The rate by which times of the file's frames are whole numbers, see `VideoInfo`."""
+        return self.info.clock[0]
+
+    @property
+    def pace(self) -> tuple[float, float]:
+        """Seconds from frame to frame as one rate tells them, and by how much it is off at most.
+
+        Of frames that are spread evenly it is off by no more than one such step, since the last one
+        counts as if it were followed by another.
+        """
+        rate, length = self.info.clock
+        step = length / rate / len(self)
+        told = self.pts_seconds[0] + step * torch.arange(len(self), dtype=torch.float64)
+        return step, float((self.pts_seconds - told).abs().max())
+
+    @property
     def metadata(self) -> "VideoMetadata":
         """As of any clip; the number of frames and the duration are those of the file."""
         metadata = super().metadata
-        # By an uneven rate the last frame can seem to lie behind the end.
-        metadata.total_num_frames = max(self.info.frame_count, metadata.total_num_frames)
+        # By an average rate the last frame can seem to lie behind the end.
+        metadata.total_num_frames = max(self.info.clock[1], metadata.total_num_frames)
         metadata.duration = self.info.duration_seconds
         return metadata

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tokenprune.adapters.base import Adapter, adapter_for
 from tokenprune.errors import MediaError
+from tokenprune.media import Clip, Video
 from tokenprune.models.media import Media
 from tokenprune.models.processors import (
     SAMPLING_RATE,
@@ -30,9 +32,9 @@ from tokenprune.models.prompts import check_question, write_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tokenprune.media import Clip
-
 __all__ = ["LoadedModel"]
+
+EVEN_STEPS = 1.5  # from frame to frame: how far off one rate may be
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class LoadedModel:
     def _frame_arguments(self, media: Media) -> tuple[dict[str, Any], list[dict[str, str]]]:
         """The same for the frames alone."""
         if media.video is not None and self.takes_video:
+            self._check_pace(media.video)
             metadata = media.video.metadata
             arguments = {
                 "videos": [[whole_patches(self.processor, media.frames)]],  # a list a text
@@ -145,6 +148,19 @@ class LoadedModel:
         self._check_modality("image")
         pictures = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in media.frames]
         return {"images": pictures}, [{"type": "image"}] * len(pictures)
+
+    def _check_pace(self, video: Clip) -> None:
+        """Warn where one rate is all that the model learns of frames that do not come evenly."""
+        if self.adapter.seconds_name is None or not isinstance(video, Video):
+            return
+        step, error = video.pace
+        if error > EVEN_STEPS * step:
+            warnings.warn(
+                f"{self.name} is told one rate for all frames, but those of {video.info.path!r} do "
+                f"not come evenly: what it takes for their times is off by up to {error:.0f} "
+                "seconds; a model that reads times as words is told each",
+                stacklevel=2,
+            )
 
     def _interleaves(self, media: Media) -> bool:
         """Whether the media are a video and its sound track, whose tokens are interleaved."""

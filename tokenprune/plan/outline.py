@@ -65,8 +65,8 @@ def prompts_in_groups(
     """
     rule = frame_size(loaded.processor)
     video = _outline_video(path, frames=frames, fps=fps, size=rule, device=_device(loaded))
-    rate = video.info.average_fps
-    pace = Pace(rate, len(video.frames) / video.info.frame_count * rate)
+    rate, length = video.info.clock
+    pace = Pace(rate, len(video.frames) / length * rate)
     height, width = video.frames.shape[-2:]
     script = Script(loaded, (height, width), rule is not None, pace)
     prompts = []

@@ -12,7 +12,7 @@ from tokenprune.core.recipe import Recipe, Step
 from tokenprune.core.site import Site
 from tokenprune.engine.patch import Patch
 from tokenprune.inputs import check_watchable
-from tokenprune.media.index.container import check_file
+from tokenprune.media.local import check_source
 from tokenprune.media.sampling import check_amount
 from tokenprune.models.load import load_outline
 from tokenprune.models.loaded import LoadedModel
@@ -140,7 +140,7 @@ def plan(
     Raises:
         TokenPruneError: As `ask`, for what shows before the model runs.
     """
-    check_file(path)
+    check_source(path)
     check_question(question)
     check_amount(frames, fps)
     chosen = None if recipe is None else Recipe(recipe)

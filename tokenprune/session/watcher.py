@@ -107,7 +107,8 @@ class Watcher:
         with closing(groups):  # or the workers would go on until an error is forgotten
             for video in groups:
                 info = video.info
-                pace = Pace(info.average_fps, planned / info.frame_count * info.average_fps)
+                rate, length = info.clock
+                pace = Pace(rate, planned / length * rate)
                 watched = self._begin(video.frames, rule is not None, pace)
                 if before is None:
                     before = replace(watched)
@@ -115,8 +116,8 @@ class Watcher:
                 scale = first_pace.source_fps / pace.source_fps
                 # As `Video.even_indices` counts, at the rate of the session's first frames.
                 indices = offset + (video.pts_seconds * first_pace.source_fps).round().long()
-                length = offset + round(info.frame_count * scale)
-                watched.source_frames = max(length, int(indices[-1]) + 1)
+                end = offset + round(length * scale)
+                watched.source_frames = max(end, int(indices[-1]) + 1)
                 watched.pictures_decoded = before.pictures_decoded + video.pictures_decoded
                 watched.bytes_read = before.bytes_read + video.bytes_read
                 seconds = offset / first_pace.source_fps + video.pts_seconds

@@ -101,8 +101,8 @@ def test_combs_go_away(tmp_path):
 def test_a_file_that_turns_interlaced_later(tmp_path):
     """Its first frame tells nothing."""
     parts = [
-        encode(tmp_path / "a.ts", numbers=range(24), options=x264("keyint=12:bframes=0")).path,
-        encode(tmp_path / "b.ts", numbers=range(24, 48), options=x264("tff=1:keyint=12")).path,
+        encode(tmp_path / "a.ts", numbers=range(60), options=x264("keyint=12:bframes=0")).path,
+        encode(tmp_path / "b.ts", numbers=range(60, 84), options=x264("tff=1:keyint=12")).path,
     ]
     path = tmp_path / "joined.ts"
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
@@ -112,9 +112,9 @@ def test_a_file_that_turns_interlaced_later(tmp_path):
     groups = list(reader.stream(frames=1000, group=10))
     assert reader.info.interlaced
     frames = torch.cat([group.frames for group in groups]).numpy()
-    assert [read_number(frame) for frame in frames] == list(range(48))
+    assert [read_number(frame) for frame in frames] == list(range(84))
     assert np.array_equal(frames, truth)
-    assert np.array_equal(read_video(path, indices=[30]).frames[0].numpy(), truth[30])
+    assert np.array_equal(read_video(path, indices=[60]).frames[0].numpy(), truth[60])
 
 
 def test_damaged_frames_are_replaced_by_deinterlaced_ones(tmp_path):

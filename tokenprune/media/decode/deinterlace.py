@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from functools import cache
 from typing import Any
 
@@ -50,7 +51,7 @@ def deinterlaced(
         yield from frames
         return
     held: DecodedFrame | None = None
-    graph = None
+    graph: Any = None
     for found in frames:
         takes = needed is None or found.place in needed
         if held is not None and not (takes and _follows(held, found, index)):
@@ -89,7 +90,7 @@ def _last(graph: Any) -> Any:
 def _graph(name: str, frame: Any) -> Any:
     graph = Graph()
     source = graph.add_buffer(
-        width=frame.width, height=frame.height, format=frame.format.name, time_base="1/1"
+        width=frame.width, height=frame.height, format=frame.format.name, time_base=Fraction(1)
     )
     # The parity is each frame's own; frames that are not flagged pass untouched.
     work = graph.add(name, mode="send_frame", deint="interlaced", threads="1")

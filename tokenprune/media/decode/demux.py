@@ -41,11 +41,14 @@ class PacketReader:
         self._index, self._at_each = index, at_each
         self.bytes_read = 0
         self._may_seek = index.seekable
-        self._offset = np.concatenate([[0], np.cumsum(index.size)])
-        self._by_pts = np.argsort(index.pts, kind="stable")
         self._stack = ExitStack()
         self._pushed_back: Any = None
         self._open()
+
+    @property
+    def codec_context(self) -> Any:
+        """The codec context of the stream, for one decoder; it outlives this reader's file."""
+        return self._stream.codec_context
 
     def close(self) -> None:
         """Close the file."""
@@ -76,7 +79,8 @@ class PacketReader:
 
     def _go_to(self, first: int) -> None:
         """Position the demuxer at or before packet `first`."""
-        gap = self._offset[first] - self._offset[min(self._at, len(self._offset) - 1)]
+        offsets = self._index.offsets
+        gap = offsets[first] - offsets[min(self._at, len(offsets) - 1)]
         if 0 <= gap <= SEEK_GAP_BYTES and self._at <= first:
             return
         if self._may_seek and self._seek(first):
@@ -124,8 +128,9 @@ class PacketReader:
         """The number of a packet, by its PTS and size; None if the index has no such packet."""
         if packet.pts is None:
             return None
-        row = int(np.searchsorted(self._index.pts, packet.pts, sorter=self._by_pts))
-        for number in self._by_pts[row : row + 2]:
+        by_pts = self._index.by_pts
+        row = int(np.searchsorted(self._index.pts, packet.pts, sorter=by_pts))
+        for number in by_pts[row : row + 2]:
             if self._matches(int(number), packet):
                 return int(number)
         return None

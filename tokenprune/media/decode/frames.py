@@ -3,24 +3,25 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
+from tokenprune.media.decode.color import DEPTH, ToneMapper, check_matrix
 from tokenprune.media.decode.damage import CountingTracker, DamageTracker, DecodedFrame
 from tokenprune.media.decode.plan import has_open_gops
 from tokenprune.media.index.container import open_video, packets_of
 from tokenprune.media.index.h264 import slice_count
-from tokenprune.media.index.index import Ints, PacketIndex, VideoInfo
+from tokenprune.media.index.index import Ints, PacketIndex, hdr_transfer
 
 __all__ = ["PacketDecoder", "Resizer", "Substitute", "Write", "fill"]
 
 Write = Callable[[int, Any, bool], bool]
 Substitute = Literal["earlier", "later", "any"]
-GBR = (1, 2, 0)  # planes of swscale's planar RGB, as channels
+Pixel = TypeVar("Pixel", np.uint8, np.uint16)
 
 
 class Resizer:
@@ -28,28 +29,48 @@ class Resizer:
 
     Args:
         size: height and width of what is delivered.
-        info: says how frames are to be turned.
+        index: says how frames are to be turned and rendered.
     """
 
-    def __init__(self, size: tuple[int, int], info: VideoInfo) -> None:
+    def __init__(self, size: tuple[int, int], index: PacketIndex) -> None:
+        info = index.info
+        self._path, self._tone_maps = info.path, index.source.rendering.tone_map
         self._quarters, self._mirrored = info.rotation // 90, info.mirrored
         self._height, self._width = size if self._quarters % 2 == 0 else size[::-1]
         self._reformatter = VideoReformatter()
+        self._tone_mapper = ToneMapper()
 
     def __call__(self, frame: Any, out: NDArray[np.uint8]) -> None:
+        """Write a frame.
+
+        Raises:
+            DecodeError: its colours cannot be converted.
+        """
+        check_matrix(frame, self._path)
+        if self._tone_maps and hdr_transfer(frame):
+            deep = np.stack(self._planes(frame, f"gbrp{DEPTH}le", np.uint16))
+            planes = list(self._tone_mapper(frame, deep))
+        else:
+            planes = self._planes(frame, "gbrp", np.uint8)
+        for channel, plane in zip(out, planes, strict=True):
+            upright = plane[:, ::-1] if self._mirrored else plane
+            channel[:] = np.rot90(upright, self._quarters) if self._quarters else upright
+
+    def _planes(self, frame: Any, form: str, kind: type[Pixel]) -> list[NDArray[Pixel]]:
+        """The frame, scaled, as planes `[H, W]` of red, green and blue."""
         planar: Any = self._reformatter.reformat(
             frame,
             width=self._width,
             height=self._height,
-            format="gbrp",
+            format=form,
             interpolation=Interpolation.BILINEAR,
             threads=1,
         )
-        for plane, channel in zip(planar.planes, GBR, strict=True):
-            lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-            upright = lines[: self._height, : self._width]  # lines are padded
-            upright = upright[:, ::-1] if self._mirrored else upright
-            out[channel] = np.rot90(upright, self._quarters) if self._quarters else upright
+        green, blue, red = (  # lines are padded
+            np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size).view(kind)
+            for plane in planar.planes
+        )
+        return [one[: self._height, : self._width] for one in (red, green, blue)]
 
 
 class PacketDecoder:
@@ -58,19 +79,22 @@ class PacketDecoder:
     Args:
         index: the packet index.
         threads: for frame threading in the codec; one is used where threads would hide damage.
+        context: a codec context that nobody else uses; without one, the file is opened for it.
 
     Attributes:
         frames: the number of frames that came out so far.
     """
 
-    def __init__(self, index: PacketIndex, threads: int) -> None:
+    def __init__(self, index: PacketIndex, threads: int, context: Any = None) -> None:
         self._index = index
         self._stack = ExitStack()
-        opened = open_video(index.info.path, index.source)
-        container, stream = self._stack.enter_context(opened)
-        if threads > 1 and not _frame_threads_report_damage(container, stream, index):
-            threads = 1
-        self._context = stream.codec_context
+        if context is None or threads > 1:
+            opened = open_video(index.info.path, index.source)
+            container, stream = self._stack.enter_context(opened)
+            if threads > 1 and not _frame_threads_report_damage(container, stream, index):
+                threads = 1
+            context = stream.codec_context
+        self._context = context
         self._context.thread_type = "FRAME" if threads > 1 else "NONE"
         self._context.thread_count = threads
         if threads > 1:
@@ -105,7 +129,7 @@ class PacketDecoder:
             # is unique, where timestamps may repeat or start anew.
             place = int(self._index.place[number])
             packet.pts = packet.dts = place
-            corrupt = packet.is_corrupt and not self._index.before_discontinuity(number)
+            corrupt = packet.is_corrupt and not self._index.may_flag_intact(number)
             tracker.feed(number, place, corrupt)
             for frame in self._step(packet, tracker):
                 yield from tracker.take(frame)

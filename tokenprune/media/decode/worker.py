@@ -29,17 +29,34 @@ class _Searched:
     latest: DecodedFrame | None = None
 
 
-class _LatestIntact:
-    """Iterates over decoded frames, and remembers the latest intact one."""
+@dataclass(frozen=True)
+class _StandIn:
+    """What stands for all frames of a damaged stretch that has no intact frame before it.
+
+    Attributes:
+        first: place where the stretch begins.
+        end: place of the first intact frame after it; beyond the last one if there is none.
+        frame: a PyAV frame.
+    """
+
+    first: int
+    end: int
+    frame: Any
+
+
+class _IntactFrames:
+    """Iterates over decoded frames, and remembers the first and the latest intact one."""
 
     def __init__(self, frames: Iterator[DecodedFrame]) -> None:
         self._frames = frames
+        self.first: DecodedFrame | None = None
         self.latest: DecodedFrame | None = None
         self.exhausted = False
 
     def __iter__(self) -> Iterator[DecodedFrame]:
         for found in self._frames:
             if not found.damaged:
+                self.first = self.first or found
                 self.latest = found
             yield found
         self.exhausted = True
@@ -61,13 +78,15 @@ class UnitDecoder:
         self, index: PacketIndex, size: tuple[int, int], threads: int, rows: RowSink, counters: Ints
     ) -> None:
         self._index, self._rows, self._counters = index, rows, counters
-        self._resize = Resizer(size, index.info)
+        self._resize = Resizer(size, index)
         self._expects_progressive = index.source.rendering.deinterlace and not index.deinterlaces
         self._reader = PacketReader(index, self._at_packet)
-        self._decoder = PacketDecoder(index, threads)
+        self._decoder = PacketDecoder(index, threads, self._reader.codec_context)
         self._retry_decoder: PacketDecoder | None = None
         # Up to now, and up to the unit at work. Damage may be long, and is searched once.
         self._searched = self._searched_before = _Searched()
+        self._stand_in: _StandIn | None = None
+        self._written: Any = None  # the last frame that a run wrote
 
     def close(self) -> None:
         """Free the decoders and close the file."""
@@ -88,7 +107,7 @@ class UnitDecoder:
         missing = self._run(
             self._decoder, unit, missing, unit.first, unit.last, skip_nonref=skip_nonref
         )
-        if not missing:
+        if not missing or self._filled(unit, missing):
             return
         self._searched_before = self._searched
         for first, last, substitute in self._retries(unit):
@@ -105,9 +124,39 @@ class UnitDecoder:
             )
             self._note_searched(unit, first, last)
             if not missing:
+                if substitute in ("later", "any"):
+                    self._note_stand_in(unit)
                 return
         rank, name = unit.ranks[missing[0] - unit.row], self._index.info.path
         raise DecodeError(f"{name!r} is damaged: nothing is left to stand for frame {rank}")
+
+    def _filled(self, unit: DecodeUnit, missing: list[int]) -> bool:
+        """Whether rows were filled with what stands for all of the stretch that they lie in."""
+        known, ranks = self._stand_in, unit.ranks[np.array(missing) - unit.row]
+        places = self._index.place[self._index.order[ranks]]
+        if known is None or not (known.first <= places[0] and places[-1] < known.end):
+            return False
+        for row in missing:
+            self._store(row, known.frame, is_substitute=True, waits=True)
+        return True
+
+    def _note_stand_in(self, unit: DecodeUnit) -> None:
+        """Note that nothing before a unit is intact, nor anything up to what now stands for it."""
+        if self._index.timed and self._written is not None:
+            found = self._decoded.first
+            end = len(self._index.pts) if found is None else found.place
+            first = int(self._index.place[unit.first : unit.last + 1].min())
+            self._stand_in = _StandIn(first, end, self._written)
+
+    def _store(self, row: int, frame: Any, *, is_substitute: bool, waits: bool) -> bool:
+        """Write a frame to its row; False if that lies outside the window, and shall not wait."""
+        pixels = self._rows.offer(row, waits=waits)
+        if pixels is None:
+            return False
+        self._resize(frame, pixels)
+        self._count()  # before the caller, given the last row, asks
+        self._rows.stored(row, is_substitute)
+        return True
 
     def _retries(self, unit: DecodeUnit) -> Iterator[tuple[int, int, Substitute | None]]:
         """From which packet to which to decode again, and what may stand for a missing frame.
@@ -175,7 +224,8 @@ class UnitDecoder:
             needed = None if substitute else [places, *(self._index.place[one] for one in beside)]
             shown = None if needed is None else frozenset(np.concatenate(needed).tolist())
             decoded = deinterlaced(decoded, self._index, shown)
-        self._decoded = _LatestIntact(decoded)
+        self._decoded = _IntactFrames(decoded)
+        self._written = None
         due = 0
 
         def write(row: int, frame: Any, is_substitute: bool) -> bool:
@@ -184,12 +234,9 @@ class UnitDecoder:
                 raise InterlacedFrames(f"{self._index.info.path!r} has interlaced frames")
             # Behind a gap there is no waiting: the row awaited may be the one that is missing.
             is_next = row == rows[due]
-            pixels = self._rows.offer(row, waits=is_next)
-            if pixels is None:
+            if not self._store(row, frame, is_substitute=is_substitute, waits=is_next):
                 return False
-            self._resize(frame, pixels)
-            self._count()  # before the caller, given the last row, asks
-            self._rows.stored(row, is_substitute)
+            self._written = frame
             due = min(due + is_next, len(rows) - 1)
             return True
 

@@ -7,11 +7,25 @@ from typing import Any
 import numpy as np
 
 from tokenprune.errors import DecodeError
-from tokenprune.media.index.clock import clock_jumps, clock_resets, frame_seconds, is_timed
+from tokenprune.media.index.clock import (
+    clock_jumps,
+    clock_rate,
+    clock_resets,
+    frame_seconds,
+    is_timed,
+    usual_step,
+)
 from tokenprune.media.index.container import is_skippable, open_video
 from tokenprune.media.index.geometry import geometry
-from tokenprune.media.index.index import NO_PTS, PacketIndex, VideoInfo
-from tokenprune.media.index.mp4 import sample_table
+from tokenprune.media.index.index import (
+    NO_PTS,
+    Bools,
+    Ints,
+    PacketIndex,
+    VideoInfo,
+    hdr_transfer,
+)
+from tokenprune.media.index.mp4 import check_data_is_here, sample_table
 from tokenprune.media.index.scan import Columns, PacketScan
 from tokenprune.media.index.source import References, Rendering, Source
 from tokenprune.media.index.streams import list_streams
@@ -53,7 +67,9 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
 
 def _index(path: str | os.PathLike[str], source: Source, *, scan: bool) -> PacketIndex:
     with open_video(path, source) as (container, stream):
-        table = None if scan else sample_table(container.name, stream)
+        if source.references is None:
+            check_data_is_here(container, stream)
+        table = None if scan or source.references else sample_table(container.name, stream)
         packets = PacketScan(stream)
         columns = packets.read_all(container) if table is None else packets.check(container, table)
         if columns is None:
@@ -80,8 +96,9 @@ def _build(
     pts, dts, shown, keyframe = columns.pts, columns.dts, columns.shown, columns.keyframe
     tick, form = float(stream.time_base), container.format.name
     resets = clock_resets(pts, dts, keyframe, tick, form)
-    section = np.cumsum(resets).astype(np.int64)  # [P]
-    by_time = np.lexsort((pts, section))  # [P] place to packet
+    section = _count(resets)  # [P]
+    # [P] place to packet; one key is sorted much faster than two
+    by_time = np.lexsort((pts, section)) if section[-1] else np.argsort(pts, kind="stable")
     visible = np.zeros(len(pts), bool)
     visible[shown] = True
     shown_by_time = by_time[visible[by_time]]  # [N]
@@ -90,13 +107,15 @@ def _build(
     by_place = by_time if timed else np.arange(len(pts))
     place = np.empty(len(pts), np.int64)
     place[by_place] = np.arange(len(pts))
-    order = shown[np.argsort(place[shown])]  # [N] rank to packet
+    order = shown_by_time if timed else shown  # [N] rank to packet
     rate = float(stream.guessed_rate or stream.average_rate or 25)
-    seconds, step = frame_seconds(pts[order], section[order], tick, rate)
+    times = pts[order], section[order], tick, rate
+    seconds = frame_seconds(*times)
     last = int(columns.duration[order[-1]]) * tick
-    duration = float(seconds[-1]) + (last if timed and last > 0 else step)
+    duration = float(seconds[-1]) + (last if timed and last > 0 else usual_step(*times))
 
-    sizes = geometry(stream, packets.first_frame, source.rendering.aspect)
+    first = packets.first_frame
+    sizes = geometry(stream, first, source.rendering.aspect)
     number = list(container.streams.video).index(stream)
     info = VideoInfo(
         path=container.name,
@@ -116,7 +135,9 @@ def _build(
         pixel_aspect=sizes.pixel_aspect,
         stream=number,
         streams=list_streams(container),
-        interlaced=packets.first_frame is not None and bool(packets.first_frame.interlaced_frame),
+        interlaced=first is not None and bool(first.interlaced_frame),
+        clock_fps=clock_rate(seconds, len(order) / duration),
+        hdr=None if first is None else hdr_transfer(first),
     )
     return PacketIndex(
         info=info,
@@ -125,7 +146,7 @@ def _build(
         size=columns.size,
         keyframe=keyframe,
         place=place,
-        epoch=np.cumsum(resets | clock_jumps(dts, tick, form)),
+        epoch=_count(resets | clock_jumps(dts, tick, form)),
         order=order,
         seconds=seconds,
         timed=timed,
@@ -134,3 +155,8 @@ def _build(
         scanned=scanned,
         source=replace(source, stream=number),
     )
+
+
+def _count(marks: Bools) -> Ints:
+    """`[P]` how many marks there are up to each; most files have none."""
+    return np.cumsum(marks).astype(np.int64) if marks.any() else np.zeros(len(marks), np.int64)

@@ -3,6 +3,7 @@
 PyAV is imported where it is used: the command line checks paths before it loads anything heavy.
 """
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.errors import DecodeError, MediaError
-from tokenprune.media.index.source import Source
+from tokenprune.media.index.references import check_references, open_arguments
+from tokenprune.media.index.source import References, Source
 from tokenprune.media.index.streams import video_stream
 
 __all__ = [
@@ -24,24 +26,35 @@ __all__ = [
 
 
 @contextmanager
-def open_media(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """Open a file with PyAV; every failure is a `MediaError` that names the file."""
+def open_media(path: str | os.PathLike[str], references: References | None = None) -> Iterator[Any]:
+    """Open a file with PyAV; every failure is a `MediaError` that names the file.
+
+    Args:
+        path: a local file.
+        references: which other files it may refer to.
+    """
     import av
 
     name = os.fspath(path)
     check_file(name)
-    try:
-        container = av.open(_no_protocol(name), metadata_errors="replace")
-    except (av.error.FFmpegError, OSError) as error:
-        raise DecodeError(
-            f"cannot read {name!r} as media: {error.strerror}; give a video, an image or a sound"
-        ) from error
-    try:
-        if container.format.name == "tty":  # FFmpeg renders plain text as a video
-            raise DecodeError(f"{name!r} is a text file; give a media file")
-        yield container
-    finally:
-        container.close()
+    demuxer = check_references(name, references)
+    with open_arguments(name, demuxer, references) as arguments:
+        try:
+            container = av.open(_no_protocol(name), metadata_errors="replace", **arguments)
+        except MediaError:
+            raise
+        except (av.error.FFmpegError, OSError) as error:
+            refused = error.errno == errno.EINVAL  # the content or the name is of none allowed
+            reason = "it is of no format that is read here" if refused else error.strerror
+            raise DecodeError(
+                f"cannot read {name!r} as media: {reason}; give a video, an image or a sound"
+            ) from error
+        try:
+            if container.format.name == "tty":  # FFmpeg renders plain text as a video
+                raise DecodeError(f"{name!r} is a text file; give a media file")
+            yield container
+        finally:
+            container.close()
 
 
 def _no_protocol(name: str) -> str:
@@ -67,7 +80,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
 @contextmanager
 def open_video(path: str | os.PathLike[str], source: Source) -> Iterator[tuple[Any, Any]]:
     """Open a file, and give its container and the video stream that is to be read."""
-    with open_media(path) as container:
+    with open_media(path, source.references) as container:
         yield container, video_stream(container, source.stream)
 
 

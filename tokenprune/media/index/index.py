@@ -6,6 +6,7 @@ declares about counts, duration or rate.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +14,20 @@ from numpy.typing import NDArray
 from tokenprune.media.index.source import Source
 from tokenprune.media.index.streams import StreamInfo
 
-__all__ = ["NO_PTS", "Bools", "Ints", "PacketIndex", "VideoInfo"]
+__all__ = ["NO_PTS", "Bools", "Hdr", "Ints", "PacketIndex", "VideoInfo", "hdr_transfer"]
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 NO_PTS = -(1 << 62)  # stands for a missing timestamp
+Hdr = Literal["pq", "hlg"]
+_HDR: dict[int, Hdr] = {16: "pq", 18: "hlg"}  # by transfer characteristics in ITU-T H.273
 DEMUXER_DELAY = 2  # packets that a demuxer may hold back
+
+
+def hdr_transfer(frame: Any) -> Hdr | None:
+    """The transfer of a PyAV frame of high dynamic range; None for other frames."""
+    return _HDR.get(int(frame.color_trc))
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,9 @@ class VideoInfo:
         stream: number of the stream that is read, among the file's video streams.
         streams: all video and audio streams of the file.
         interlaced: whether frames are flagged as interlaced.
+        hdr: "pq" or "hlg" where frames are of high dynamic range, by that transfer; else None.
+        clock_fps: the rate by which the time of each frame is a whole number, to a millisecond or
+            two: the average, where frames come evenly; 1000 where they do not. None: the average.
     """
 
     path: str
@@ -66,6 +77,15 @@ class VideoInfo:
     stream: int = 0
     streams: tuple[StreamInfo, ...] = ()
     interlaced: bool = False
+    hdr: Hdr | None = None
+    clock_fps: float | None = None
+
+    @property
+    def clock(self) -> tuple[float, int]:
+        """The rate by which frames are timed, and how many frames of that rate the video lasts."""
+        if self.clock_fps is None:
+            return self.average_fps, self.frame_count
+        return self.clock_fps, max(1, round(self.duration_seconds * self.clock_fps))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -124,6 +144,16 @@ class PacketIndex:
         """`[P]` place to packet."""
         return np.argsort(self.place)
 
+    @cached_property
+    def by_pts(self) -> Ints:
+        """`[P]` packets by their PTS."""
+        return np.argsort(self.pts, kind="stable")
+
+    @cached_property
+    def offsets(self) -> Ints:
+        """`[P + 1]` bytes of all packets before each."""
+        return np.concatenate([[0], np.cumsum(self.size)])
+
     @property
     def deinterlaces(self) -> bool:
         """Whether its frames are to be deinterlaced."""
@@ -138,12 +168,15 @@ class PacketIndex:
         """PTS of frames, in ticks."""
         return self.pts[self.order[ranks]]
 
-    def before_discontinuity(self, packet: int) -> bool:
-        """Whether the timestamps break right after this packet.
+    def may_flag_intact(self, packet: int) -> bool:
+        """Whether the demuxer may call this packet corrupt though nothing is missing.
 
-        Where two transport streams are joined, their continuity counters seldom fit, and the
-        demuxer flags the packets it holds at that moment as corrupt, though nothing is missing.
-        What is really cut off there still fails in the decoder.
+        That is so in the segments of a playlist, whose continuity counters may start anew, and
+        where the timestamps break right after it. Where two transport streams are joined, their
+        continuity counters seldom fit, and the demuxer flags the packets it holds at that moment as
+        corrupt, though nothing is missing. What is really cut off there still fails in the decoder.
         """
+        if self.info.container == "hls":
+            return True
         after = min(packet + DEMUXER_DELAY, len(self.epoch) - 1)
         return bool(self.epoch[after] != self.epoch[packet])

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from tokenprune.errors import MediaError
 from tokenprune.media.index.geometry import Aspect
 
-__all__ = ["References", "Rendering", "Source"]
+__all__ = ["References", "Rendering", "Source", "check_allowed"]
 
 References = Literal["folder"]
 """Which other files a file may refer to: those in its folder, and in folders below that."""
@@ -20,17 +20,23 @@ class Rendering:
         aspect: "displayed" widens frames whose pixels are not square; "stored" leaves them.
         deinterlace: whether frames that are flagged as interlaced, which hold the lines of two
             moments, are made to show one; their number and ranks stay.
+        tone_map: whether frames of high dynamic range (PQ, HLG) are brought to that of BT.709,
+            which models know; as they are, they look grey and flat.
 
     Raises:
-        MediaError: an aspect that there is not.
+        MediaError: a value that is none of these.
     """
 
     aspect: Aspect = "displayed"
     deinterlace: bool = True
+    tone_map: bool = True
 
     def __post_init__(self) -> None:
         if self.aspect not in get_args(Aspect):
             raise MediaError(f'aspect must be "displayed" or "stored", got {self.aspect!r}')
+        for name in ("deinterlace", "tone_map"):
+            if not isinstance(getattr(self, name), bool):
+                raise MediaError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,17 @@ class Source:
     rendering: Rendering = Rendering()
 
     def __post_init__(self) -> None:
-        if self.references not in (None, *get_args(References)):
-            raise MediaError(f'references must be "folder" or None, got {self.references!r}')
+        check_allowed(self.references)
         number = self.stream
         if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
             raise MediaError(f"stream must be the number of a video stream, from 0, got {number!r}")
+
+
+def check_allowed(references: object) -> None:
+    """Check a setting of which other files a file may refer to.
+
+    Raises:
+        MediaError: there is no such setting.
+    """
+    if references not in (None, *get_args(References)):
+        raise MediaError(f'references must be "folder" or None, got {references!r}')

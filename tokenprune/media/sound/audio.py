@@ -15,6 +15,8 @@ from torch import Tensor
 
 from tokenprune.errors import DecodeError, MediaError
 from tokenprune.media.index.container import open_media, packets_of
+from tokenprune.media.index.mp4 import check_data_is_here
+from tokenprune.media.index.source import References
 from tokenprune.media.index.streams import audio_stream
 from tokenprune.media.sound.downmix import mix_to_mono
 
@@ -37,6 +39,7 @@ def read_audio(
     start_seconds: float | None = None,
     start: float | None = None,
     end: float | None = None,
+    references: References | None = None,
 ) -> Tensor:
     """Decode an audio track to one channel at the rate asked for.
 
@@ -60,6 +63,8 @@ def read_audio(
         start: seconds from there on that are left out.
         end: seconds from there on where the part to read ends; past the end of the track means
             its end.
+        references: which other files the file may refer to, as playlists do: "folder" for those in
+            its folder and below; None for none.
 
     Returns:
         float32 `[T]`, full scale is -1 to 1; all of the track, however long. Empty if it ends
@@ -73,12 +78,13 @@ def read_audio(
         raise MediaError(f"give track or language, got both ({track} and {language!r})")
     if sampling_rate < 1:
         raise MediaError(f"sampling_rate must be at least 1 per second, got {sampling_rate}")
-    with open_media(path) as container:
+    with open_media(path, references) as container:
         stream = audio_stream(container, track, language)
         stream.codec_context.thread_type = "NONE"
         frames = _frames(container, stream)
         first = next(frames, None)
         if first is None:
+            check_data_is_here(container, stream)
             raise DecodeError(f"{container.name!r}: nothing of its sound can be decoded")
         known = start_seconds is not None and first.time is not None
         lead = round((first.time - start_seconds) * sampling_rate) if known else 0

@@ -51,5 +51,5 @@ def mono_weights(names: tuple[str, ...]) -> NDArray[np.float32]:
         weights = [float(name == "AMBI0") for name in names]
     else:
         weights = [0.0 if one == "NONE" else _WEIGHTS.get(one, _AROUND) for one in names]
-    shares = np.array(weights if any(weights) else [1.0] * count, np.float32)
-    return shares / shares.sum()
+    kept = weights if any(weights) else [1.0] * count
+    return np.array([weight / sum(kept) for weight in kept], np.float32)
