@@ -24,6 +24,7 @@ __all__ = [
     "Model",
     "Settings",
     "build",
+    "keep_layers",
     "llava_config",
     "llava_inputs",
     "qwen_config",
@@ -91,6 +92,16 @@ def build(
     # A placeholder in an answer would look like media in the next forward.
     settings.suppress_tokens = sorted({config.image_token_id, config.video_token_id})
     return model
+
+
+def keep_layers(model: Model, layers: int) -> None:
+    """Leave a model its first decoder layers alone: enough to see what each of them costs."""
+    language_model: Any = model.get_decoder()
+    language_model.layers = language_model.layers[:layers]
+    for config in (language_model.config, model.config.get_text_config()):
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
 
 
 def llava_config(

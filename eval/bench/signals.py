@@ -45,6 +45,7 @@ from tokenprune.eval.bench.random_models import (
     Model,
     Settings,
     build,
+    keep_layers,
     llava_config,
     llava_inputs,
 )
@@ -52,7 +53,7 @@ from tokenprune.eval.bench.speed import encoded_once, make
 from tokenprune.eval.bench.stopwatch import PeakMemory
 from tokenprune.methods.visionzip import Dominance, EncoderKeys
 
-__all__ = ["MODELS", "Reader", "encoder_rows", "main", "prefill_rows"]
+__all__ = ["MODELS", "Reader", "Run", "encoder_rows", "forward", "main", "prefill_rows"]
 
 RESULTS = Path(__file__).parents[1] / "results"
 CLIP_L: Settings = {
@@ -180,9 +181,9 @@ class Run:
     peak_bytes: int
 
 
-def forward(model: Model, inputs: dict[str, Tensor], stage: Stage | None) -> Run:
-    """Measure one prefill; without a stage, that of the model alone."""
-    with torch.inference_mode(), nullcontext() if stage is None else prune(model, stage):
+def forward(model: Model, inputs: dict[str, Tensor], pruned: Stage | str | None) -> Run:
+    """Measure one prefill; without a stage or recipe, that of the model alone."""
+    with torch.inference_mode(), nullcontext() if pruned is None else prune(model, pruned):
         if _trim is not None:  # what was freed must not count as taken before
             _trim(0)
         peak = PeakMemory(model.device)
@@ -323,6 +324,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds.", min=1)] = 3,
     every: Annotated[int, typer.Option(help="Rows to one unpruned run.", min=1)] = 4,
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "0.5b",
+    layers: Annotated[int, typer.Option(help="Decoder layers; 0 for all of the model.")] = 0,
     frames: Annotated[int, typer.Option(help="Frames to encode.", min=1)] = 8,
     threads: Annotated[int, typer.Option(help="Processor threads; 0 for all.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
@@ -335,7 +337,7 @@ def main(
     about = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     parts: list[Part] = []
     measured = (
-        _prefill(model, tokens, rounds, every),
+        _prefill(model, tokens, rounds, every, layers),
         _encoding(model == "tiny", frames, rounds, every),
     )
     for known in measured:
@@ -346,8 +348,11 @@ def main(
     typer.echo(f"written to {out}")
 
 
-def _prefill(name: str, tokens: int, rounds: int, every: int) -> Iterator[Part]:
+def _prefill(name: str, tokens: int, rounds: int, every: int, layers: int) -> Iterator[Part]:
     model = MODELS[name]()
+    if layers:
+        keep_layers(model, layers)
+        name = f"{name} of {layers} layers"
     config: Any = model.config
     rows = prefill_rows(config.text_config.num_hidden_layers // 2)
     warm_up(model, rows)

@@ -199,6 +199,12 @@ def drawn(seed: int) -> tuple[str, str, str, str]:
                 f"random(keep=3 at={at})",
                 f"random(keep.image={keep} keep.video={rate} keep.audio={rate} at={at} per={per})",
                 f"vflowopt(keep={rate} recycled=0.5)",
+                f"fastv(keep={keep} layer={draw.randint(1, 4)})",
+                f"fastv(keep={keep} layer=2 rotary=false)",
+                f"snapkv(keep={keep} window={draw.choice(['3', 'text'])} kernel=3)",
+                f"knorm(keep={keep} per={per})",
+                f"pyramiddrop(keep={rate})",
+                f"visionzip(keep={keep} contextual={draw.choice(['sum', 'mean'])})",
                 f"plphp(keep={rate} layers={draw.choice(['none', '1/4'])})",
             ]
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.contract.cases import drawn
 from tests.contract.doubles import Absorb, Clean, Half, Nothing
+from tests.contract.test_late import SEEN, SINCE
 from tests.contract.test_stages import assert_oracle, families
 from tokenprune import prune
 from tokenprune.adapters.base import adapter_for
@@ -228,3 +231,22 @@ def test_sizes_that_are_none_are_refused(size: Any) -> None:
         Group(size)
     with pytest.raises(RecipeError, match="a group is of"):
         replace(Group(2), per="day")
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(n, marks=() if n < 24 else (pytest.mark.full,)) for n in range(160)]
+)
+def test_groups_and_later_stages_by_chance_match_the_oracle(seed: int) -> None:
+    """A recipe made up by chance, in groups, with stages at later times put in anywhere."""
+    name, text, _, attention = drawn(seed)
+    draw = random.Random(seed)
+    size = draw.choice(["none", "groups(size=2)", "groups(size=4)", "groups(size=5 per=token)"])
+    if "token" in size and adapter_for(model_of(name).model).sees_ahead:
+        size = "groups(size=2)"
+    steps: list[Any] = [one for one in text.split(" + ") if one != "none"]
+    sites = [Cache(after="prefill"), Cache((1, 2), after="prefill"), Cache(after="decode", every=2)]
+    for _ in range(draw.randint(0, 2)):
+        site = draw.choice(sites)
+        seen = SINCE if site.after == "decode" else SEEN
+        steps.insert(draw.randint(0, len(steps)), Half(at=site, signal=draw.choice(seen)))
+    assert_oracle(name, Recipe(size, *steps), "alone", attention)

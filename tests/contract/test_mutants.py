@@ -36,6 +36,8 @@ from tokenprune.engine import (
     flight,
     forward,
     hooks,
+    later,
+    layers,
     parts,
     prefill,
     rows,
@@ -48,9 +50,9 @@ from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.entries import Entries
 from tokenprune.engine.flight import Flight
 from tokenprune.engine.forward import Forward
+from tokenprune.engine.layers import LayerCalls
 from tokenprune.engine.masks import LazyMask
 from tokenprune.engine.prefill import Prefill
-from tokenprune.engine.run import Run
 from tokenprune.engine.schedule import Schedule
 from tokenprune.engine.sequence import Sequence
 from tokenprune.engine.signals import Collector
@@ -120,12 +122,12 @@ def compact_shift_forgotten_in_decoding(patch: pytest.MonkeyPatch) -> None:
 @caught_by(contracts.test_eager_attention_matches_the_oracle, "llava", INPUT, "alone")
 def bidirectional_mask(patch: pytest.MonkeyPatch) -> None:
     """Eager attention goes without a mask, as SDPA may: but then nothing is causal."""
-    original = run.mask_for_kernel
+    original = layers.mask_for_kernel
 
     def faulty(mask: Any, name: str, *args: Any) -> Any:
         return name, original(mask, "sdpa", *args)[1]
 
-    patch.setattr(run, "mask_for_kernel", faulty)
+    patch.setattr(layers, "mask_for_kernel", faulty)
 
 
 @caught_by(batch_oracle, "llava", INPUT)
@@ -151,12 +153,12 @@ def square_mask(patch: pytest.MonkeyPatch) -> None:
 
 
 def _always_masked(patch: pytest.MonkeyPatch) -> None:
-    original = run.mask_for_kernel
+    original = layers.mask_for_kernel
 
     def faulty(mask: Any, name: str, query: Any, rows: Any, keys: Any, holes: bool) -> Any:
         return original(mask, name, query, rows, keys, True)
 
-    patch.setattr(run, "mask_for_kernel", faulty)
+    patch.setattr(layers, "mask_for_kernel", faulty)
 
 
 @caught_by(batch_oracle, "qwen2_5_vl", CACHE)
@@ -444,7 +446,7 @@ def mass_of_other_entries(patch: pytest.MonkeyPatch) -> None:
 
 @caught_by(merged_entries, "qwen3_vl", "alike-mass", "alone", "eager")
 def mass_adds_nothing_in_decoding(patch: pytest.MonkeyPatch) -> None:
-    original = run.mask_for_kernel
+    original = layers.mask_for_kernel
     patch.setattr(run, "weighted_mask", lambda *given: original(*given[:-1], False))
 
 
@@ -522,39 +524,39 @@ def a_mean_of_the_last_block(patch: pytest.MonkeyPatch) -> None:
 @caught_by(attention_at_layers, "qwen2_5_vl", "alone", "none")
 def decisions_from_another_layer(patch: pytest.MonkeyPatch) -> None:
     """What the layer about to run attends to is computed from what entered the one before."""
-    original = Run._probe_layer
+    original = LayerCalls._probe_layer
     entered: list[Any] = []
 
     def faulty(
-        self: Run, forward: Any, number: int, module: Any, hidden: Any, *args: Any, **kw: Any
+        self: LayerCalls, forward: Any, number: int, module: Any, hidden: Any, *args: Any, **kw: Any
     ):
         entered.append(hidden)
         other = entered[-2] if len(entered) > 1 else hidden
         return original(self, forward, number, module, other, *args, **kw)
 
-    patch.setattr(Run, "_probe_layer", faulty)
+    patch.setattr(LayerCalls, "_probe_layer", faulty)
 
 
 @caught_by(signals.test_a_later_prompt_sees_what_came_before, "internvl")
 def a_probe_that_forgets_the_past(patch: pytest.MonkeyPatch) -> None:
-    original = Run._probe_layer
+    original = LayerCalls._probe_layer
 
-    def faulty(self: Run, forward: Any, *args: Any, **kw: Any) -> Any:
+    def faulty(self: LayerCalls, forward: Any, *args: Any, **kw: Any) -> Any:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(Forward, "layer", lambda self, number: None)
             return original(self, forward, *args, **kw)
 
-    patch.setattr(Run, "_probe_layer", faulty)
+    patch.setattr(LayerCalls, "_probe_layer", faulty)
 
 
 @caught_by(signals.test_rotation_can_be_left_out, "llava_onevision")
 def rotation_left_in(patch: pytest.MonkeyPatch) -> None:
-    original = Run._probe_layer
+    original = LayerCalls._probe_layer
 
-    def faulty(self: Run, *args: Any, rotary: bool) -> Any:
+    def faulty(self: LayerCalls, *args: Any, rotary: bool) -> Any:
         return original(self, *args, rotary=True)
 
-    patch.setattr(Run, "_probe_layer", faulty)
+    patch.setattr(LayerCalls, "_probe_layer", faulty)
 
 
 @caught_by(hidden_states, "llava_onevision", "alone", signals.BEFORE[0])
@@ -742,8 +744,8 @@ def late_columns_of_the_first_head(patch: pytest.MonkeyPatch) -> None:
     late.test_stages_while_decoding_match_the_oracle, "llava_onevision", "alone", late.SINCE[0], 3
 )
 def a_decision_a_step_late(patch: pytest.MonkeyPatch) -> None:
-    original = forward._is_due
-    patch.setattr(forward, "_is_due", lambda step, decoded: original(step, decoded - 1))
+    original = later._is_due
+    patch.setattr(later, "_is_due", lambda step, decoded: original(step, decoded - 1))
 
 
 @caught_by(late.test_candidates_are_of_all_prompts, "llava", Cache(after="prefill"))

@@ -523,3 +523,23 @@ def test_refusals_of_a_run_are_those_of_its_plan(checkpoint, files):
 
     assert found.call.media_tokens.per_site == {}
     assert found.call.media_tokens.before == sum(map(len, found.call.layouts))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "groups(size=2)",
+        "groups(size=2) + uniform(keep=0.5) + random(keep=0.5 at=2)",
+        "groups(size=4) + knorm(keep=0.3)",
+        "groups(size=5 per=token) + random(keep=0.4 at=cache)",
+    ],
+)
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
+def test_groups_within_a_prompt_are_planned_as_they_run(name, recipe, checkpoint, files):
+    model = str(checkpoint(name))
+    planned = plan(files.video, model, recipe=recipe, frames=8, question="what?")
+    found = ask(load_model(model), files.video, "what?", recipe=recipe, frames=8)
+
+    assert planned.exact
+    assert planned.media_tokens == found.media_tokens
+    assert planned.kv_bytes == found.kv_bytes

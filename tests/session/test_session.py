@@ -544,3 +544,22 @@ def test_asking_a_broken_file_fails(command, saved, tmp_path):
 
     assert (ran.code, ran.out) == (2, "")
     assert "is damaged or cut short" in ran.error
+
+
+# -- recipes that say how much is prefilled at once
+
+
+def test_the_recipe_says_how_many_frames_are_a_group(loaded, files):
+    with Session(loaded.model, loaded.processor, "groups(size=4) + uniform(keep=0.5)") as session:
+        assert [group.frames for group in session.watch(files.video, frames=8)] == [4, 4]
+        grouped = session.ask("what?", max_new_tokens=4).answer
+    recipe = "uniform(keep=0.5)"
+    with Session(loaded.model, loaded.processor, recipe, group=4) as session:
+        session.watch(files.video, frames=8)
+        assert session.ask("what?", max_new_tokens=4).answer == grouped
+    recipe = "groups(size=5 per=token) + random(keep=0.5 at=cache)"
+    with Session(loaded.model, loaded.processor, recipe, group=4) as session:
+        # Within a group of frames the recipe goes on to divide.
+        session.watch(files.video, frames=8)
+        assert all(int(call.groups[0].max()) > 0 for call in session.report.calls)
+        assert session.ask("what?", max_new_tokens=4).answer

@@ -10,17 +10,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from tokenprune.core.indices import take
-from tokenprune.core.recipe import Step
 from tokenprune.core.selection import Merge
-from tokenprune.core.signal import Attention
-from tokenprune.core.site import Cache as CacheSite
 from tokenprune.engine.arguments import ArgumentCut, compact_positions
 from tokenprune.engine.cache import PrunedLayer, adopt, cache_bytes, full_cache_bytes
 from tokenprune.engine.deepstack import DeepStack, absorb_
-from tokenprune.engine.entries import count_entries
 from tokenprune.engine.flight import Flight
 from tokenprune.engine.laid import LaidPrompt
-from tokenprune.engine.late import LateStages, remember_query
+from tokenprune.engine.later import Later
 from tokenprune.engine.masks import padding_of
 from tokenprune.engine.prefill import Prefill
 from tokenprune.engine.prompt import Given, Sample
@@ -71,7 +67,7 @@ class Forward:
         self.sequence = Sequence() if cache is None else adopt(cache, layers)
         self.flight = Flight(batch, self.sequence.end, length, device)
         self.prefill: Prefill | None = None
-        self._late: LateStages | None = None
+        self._later = Later(schedule, self.sequence, cache, self._given)
         self._deepstack: DeepStack | None = None
         self._narrows_at_once = False
         self.sequence.end += length
@@ -90,7 +86,7 @@ class Forward:
         if self.schedule.input or self.schedule.layer:
             self._deepstack = DeepStack.taken_from(kwargs)
         if prompt is None:
-            self._begin_late(len(kwargs["inputs_embeds"]))
+            self._later.begin(self.flight, None, len(kwargs["inputs_embeds"]))
             compact_positions(kwargs, self.flight, self.sequence, None, self.schedule.compact)
             return
         real = padding_of(kwargs.get("attention_mask"))
@@ -100,7 +96,7 @@ class Forward:
             self.schedule, prompt, real, self.flight, self.sequence, self._given
         )
         self._hold(prefill)
-        self._begin_late(len(prefill.samples))
+        self._later.begin(self.flight, prefill, len(prefill.samples))
         hidden, before = kwargs["inputs_embeds"], prefill.alive
         for step in self.schedule.input:
             with torch.no_grad():  # what is decided, weights included, is constant to gradients
@@ -118,34 +114,6 @@ class Forward:
         alive = [torch.ones_like(sample.alive, dtype=torch.bool) for sample in prefill.samples]
         held = Prefilled(self.flight.past, prefill.call, alive, self._given.continues)
         self.sequence.prompts.append(held)
-
-    def _begin_late(self, batch: int) -> None:
-        """Let stages act that look at what was stored before, if it is their time."""
-        sequence, schedule, prefill = self.sequence, self.schedule, self.prefill
-        sequence.decides = bool(schedule.decode)
-        steps: list[Step] = []
-        if self._cache is None or not sequence.prompts or self._given.more:
-            return
-        if sequence.settled < len(sequence.prompts):
-            steps = schedule.after_prefill
-        elif self.flight.length == 1:
-            sequence.decoded += 1
-            steps = [step for step in schedule.decode if _is_due(step, sequence.decoded)]
-        steps = [*schedule.whole, *steps]
-        if steps:
-            state = (
-                [{} for _ in range(batch)]
-                if prefill is None
-                else [sample.state for sample in prefill.samples]
-            )
-            self._late = LateStages(schedule, steps, sequence, self._given, self._asking, state)
-
-    def _asking(self, sample: int, signal: Attention) -> Tensor:
-        """Which hidden states in flight ask, `[R]`."""
-        if self.prefill is not None:
-            return self.prefill.signals.asking(self.prefill.samples[sample], signal)
-        every = torch.arange(self.flight.rows.shape[1], device=self.flight.rows.device)
-        return every if signal.queries == "text" else every[-int(signal.queries) :]
 
     def enter_layer(
         self, number: int, hidden: Tensor, probing: Probing | None = None
@@ -189,12 +157,8 @@ class Forward:
         with torch.no_grad():
             if self.prefill is not None:
                 self.prefill.signals.attended(number, attended)
-            if layer is None:
-                return
-            if self.prefill is None and self.schedule.decode and self.flight.length == 1:
-                remember_query(self.sequence, self.schedule, number, attended())
-            if self._late is not None:
-                self._late.attended(number, attended, layer)
+            if layer is not None:
+                self._later.attended(number, attended, layer)
 
     def after_attention(self, number: int, layer: PrunedLayer) -> None:
         """Run the stages on the cache of a layer, which has just stored its keys and values.
@@ -206,9 +170,7 @@ class Forward:
         prefill = self.prefill
         if prefill is not None:
             self._prune_cache(prefill, number, layer)
-        if self._late is not None:
-            with torch.no_grad():
-                self._late.prune(number, layer)
+        self._later.prune(number, layer)
         if layer.evict() and prefill is not None:
             prefill.leave_window(number, layer)
 
@@ -224,8 +186,7 @@ class Forward:
         if prefill is not None:
             alive = [sample.mask() for sample in prefill.samples]
             sequence.prompts[-1] = sequence.prompts[-1]._replace(alive=alive)
-        if sequence.settled < len(sequence.prompts) and not self._given.more:
-            self._settle()
+        self._later.settle(prefill)
         if prefill is None:
             return None
         call = prefill.call
@@ -242,27 +203,6 @@ class Forward:
         prompts = self.sequence.prompts
         if self.prefill is not None and prompts and prompts[-1].call is self.prefill.call:
             prompts.pop()
-
-    def _settle(self) -> None:
-        """Run the stages that wait for the last layer."""
-        sequence = self.sequence
-        if self._late is not None and self._cache is not None:
-            with torch.no_grad():
-                for number, layer in enumerate(self._cache.layers):
-                    self._late.settle(number, layer)
-            self._count_entries()
-        sequence.settled, sequence.decoded = len(sequence.prompts), 0
-
-    def _count_entries(self) -> None:
-        """Count anew what the cache stores of each prompt."""
-        assert self._cache is not None
-        before, after = full_cache_bytes(self._cache), cache_bytes(self._cache)
-        for prompt in self.sequence.prompts:
-            counts = count_entries(self._cache, prompt)
-            prompt.call.media_entries = counts
-            prompt.call.kv_bytes_before, prompt.call.kv_bytes_after = before, after
-        if self.prefill is not None:
-            self.prefill.entries = counts  # of the newest prompt
 
     # -- what layers and attention are told
 
@@ -312,8 +252,3 @@ class Forward:
         if kept is not None:
             layer.select(kept[0])
             layer.holes = kept[1]
-
-
-def _is_due(step: Step, decoded: int) -> bool:
-    site = step.stage.site
-    return isinstance(site, CacheSite) and decoded % site.every == 0

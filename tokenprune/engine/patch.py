@@ -151,7 +151,7 @@ class Patch:
         language_model: Any = adapter.language_model
         # A flash name would send transformers down paths that do not ask for a mask function.
         name = f"tokenprune_{id(run):x}"
-        switch_attention(stack, language_model.config, name, run.attend, run.mask)
+        switch_attention(stack, language_model.config, name, run.layers.attend, run.layers.mask)
         if self.schedule.encoder:
             run.encoders.read_towers(stack)
         for path, modality in adapter.encoders().items():
@@ -168,7 +168,7 @@ class Patch:
         add_hook(stack, language_model, before, run.before_model, with_kwargs=True)
         add_hook(stack, language_model, after, run.after_model, always_call=True)
         for number, layer in enumerate(language_model.layers):
-            enter, leave = run.hook_layer(number)
+            enter, leave = run.layers.hooks(number)
             add_hook(stack, layer, before, enter, with_kwargs=True)
             add_hook(stack, layer, after, leave)
 

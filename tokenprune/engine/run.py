@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch import nn
 from transformers.cache_utils import Cache
-from transformers.masking_utils import causal_mask_function
 
 from tokenprune.engine.cache import (
     CACHE_NAME,
@@ -25,7 +22,7 @@ from tokenprune.engine.encoders import EncoderCalls
 from tokenprune.engine.forward import Forward
 from tokenprune.engine.labels import LogitRows
 from tokenprune.engine.laid import LaidPrompt, holds_media, parts_of
-from tokenprune.engine.masks import LazyMask, base_attention, mask_for_kernel, weighted_mask
+from tokenprune.engine.layers import LayerCalls
 from tokenprune.engine.parts import (
     PartedPrompt,
     PartsDone,
@@ -33,9 +30,7 @@ from tokenprune.engine.parts import (
     cut_call,
     with_hidden,
 )
-from tokenprune.engine.probe import Probe
 from tokenprune.engine.prompt import Given, Prompt
-from tokenprune.engine.rows import Attended
 from tokenprune.engine.schedule import Schedule
 from tokenprune.report.report import Report
 from tokenprune.report.timing import Mark
@@ -55,7 +50,7 @@ class Run:
         report: As given.
         encoders: The encoder calls of the prompt at hand.
         logits: Which rows the model's logits are.
-        forward: The call of the language model in progress; None between calls.
+        layers: What decoder layers call.
     """
 
     def __init__(self, schedule: Schedule, report: Report, given: Given) -> None:
@@ -66,15 +61,13 @@ class Run:
         self._lm: nn.Module = language_model
         self._config = language_model.config
         self._signature = inspect.signature(language_model.forward)
-        self._kernel = str(self._config._attn_implementation)
         self._prompt: dict[str, Any] = {}
         self._started: Mark | None = None
         self._parted: PartedPrompt | None = None
         self.report = report
         self.encoders = EncoderCalls(schedule, report)
         self.logits = LogitRows(adapter)
-        self._probe = Probe()
-        self.forward: Forward | None = None
+        self.layers = LayerCalls(report, str(self._config._attn_implementation))
 
     # -- before the language model
 
@@ -116,7 +109,7 @@ class Run:
         if cache is None and acts and kwargs.get("attention_mask") is None:
             # Without cache and mask transformers takes gaps in positions for packed sequences.
             kwargs["attention_mask"] = hidden.new_ones(batch, length, dtype=torch.int64)
-        self.forward = self._parted = None
+        self.layers.forward = self._parted = None
         past = 0 if cache is None else adopt(cache, self._schedule.adapter.shape.layers).end
         laid = self._lay_out(length, hidden.device, past)
         self._started = Mark(self._lm)
@@ -135,9 +128,9 @@ class Run:
         """Begin a forward of the language model with these arguments."""
         hidden, cache = kwargs["inputs_embeds"], kwargs[CACHE_NAME]
         batch, length = hidden.shape[:2]
-        self.forward = Forward(schedule, cache, batch, length, hidden.device, given)
-        self.forward.begin(kwargs, laid)
-        return self.forward
+        forward = self.layers.forward = Forward(schedule, cache, batch, length, hidden.device, given)
+        forward.begin(kwargs, laid)
+        return forward
 
     def in_parts(self, forward: Any) -> Any:
         """The language model's forward, which prefills a prompt in groups part by part."""
@@ -165,7 +158,7 @@ class Run:
         except BaseException:
             done.abandon()
             raise
-        self.forward = None
+        self.layers.forward = None
         call = done.join(self._given.continues)
         if started is not None:
             self.report.prefill(call, started, Mark(self._lm))
@@ -191,7 +184,7 @@ class Run:
 
     def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         """The language model returned, or failed."""
-        forward, started = self.forward, self._started
+        forward, started = self.layers.forward, self._started
         if forward is None or started is None:
             return
         call = None
@@ -206,144 +199,6 @@ class Run:
         else:
             forward.abandon()
         forward.sequence.stop()
-        self.forward = None
+        self.layers.forward = None
         if call is not None:
             self.logits.prefilled(forward.flight, call)
-
-    # -- decoder layers: physical inside
-
-    def before_layer(self, number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """A decoder layer is called."""
-        forward = self.forward
-        if forward is None:  # on its own
-            return None
-        entering = args[0] if args else kwargs["hidden_states"]
-        probing = None
-        if forward.schedule.probed(number, narrowed=False):
-            cut = forward.cut_arguments(args, kwargs)
-            probing = functools.partial(self._probe_layer, forward, number, module, entering, *cut)
-        hidden = forward.enter_layer(number, entering, probing)
-        if hidden is not None and args:
-            args = (hidden, *args[1:])
-        elif hidden is not None:
-            kwargs = {**kwargs, "hidden_states": hidden}
-        args, kwargs = forward.cut_arguments(args, kwargs)
-        if forward.schedule.probed(number, narrowed=True):
-            entering = entering if hidden is None else hidden
-            given = number, module, entering, args, kwargs
-            forward.probe_layer(number, functools.partial(self._probe_layer, forward, *given))
-        return args, kwargs
-
-    def _probe_layer(
-        self,
-        forward: Forward,
-        number: int,
-        module: nn.Module,
-        hidden: Tensor,
-        args: Any,
-        kwargs: Any,
-        *,
-        rotary: bool,
-    ) -> Attended:
-        """What a layer will attend with, if it is called like this."""
-        probed = self._probe.run(module, hidden, args, kwargs, rotary=rotary)
-        keys, values, rows = probed.key, probed.value, forward.flight.rows
-        index, layer = rows[:, None], forward.layer(number)
-        mass = None
-        if rotary and layer is not None and layer.is_initialized:  # what it holds comes first
-            index = torch.cat([layer.index, index.expand(-1, layer.index.shape[1], -1)], dim=-1)
-            keys = torch.cat([layer.keys.to(keys.device), keys], dim=2)
-            values = torch.cat([layer.values.to(values.device), values], dim=2)
-            mass = layer.mass
-        if mass is not None:
-            mass = pad(mass, (0, rows.shape[1]), value=1.0)
-        given = probed.mask, rows, index, probed.arguments, mass
-        return Attended(probed.query, keys, values, *given)
-
-    def after_layer(self, number: int, module: nn.Module, args: Any, output: Any) -> Any:
-        """A decoder layer returned."""
-        if self.forward is None:
-            return None
-        several = isinstance(output, tuple)
-        hidden = self.forward.leave_layer(number, output[0] if several else output)
-        return (hidden, *output[1:]) if several and hidden is not None else hidden
-
-    def mask(
-        self,
-        batch_size: int,
-        q_length: int,
-        kv_length: int,
-        q_offset: int = 0,
-        kv_offset: int = 0,
-        mask_function: Any = causal_mask_function,
-        attention_mask: Tensor | None = None,
-        local_size: int | None = None,
-        **kwargs: Any,
-    ) -> LazyMask:
-        """What the model gets when it asks for the mask of its attention."""
-        # A window that holds all there is changes nothing, and plain causal masks are fastest.
-        # Either flag says that there is more to the function (images that see ahead).
-        plain = kwargs.get("allow_is_causal_skip", True) and not kwargs.get("use_vmap")
-        if local_size is not None and int(kv_length) < local_size and plain:
-            mask_function = causal_mask_function
-        return LazyMask(mask_function, attention_mask)
-
-    def attend(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The attention of a decoder layer, by the model's own kernel.
-
-        Args:
-            module: The attention module.
-            query: `[B, heads, Q, d]`.
-            key: `[B, H, S, d]`, what the cache gave.
-            value: `[B, H, S, d]`.
-            attention_mask: What the model made of `mask`.
-            kwargs: What else the kernel takes.
-        """
-        if self._probe.active:
-            self._probe.attend(module, query, key, value, attention_mask, **kwargs)
-        forward = self.forward
-        if forward is None:  # the decoder layer was called on its own
-            attend = base_attention(self._kernel, module)
-            return attend(module, query, key, value, attention_mask, **kwargs)
-        flight, layer = forward.flight, forward.layer(module.layer_idx)
-        keys = flight.rows[:, None] if layer is None else layer.shown
-        holes = flight.holes if layer is None else layer.holes
-        given = attention_mask, self._kernel, query, flight.rows, keys
-        mass = None if layer is None else layer.mass
-        name, mask = (
-            mask_for_kernel(*given, holes)
-            if mass is None
-            else weighted_mask(*given, mass[..., -keys.shape[-1] :])
-        )
-        self.report.kernel(self._kernel, name)
-        # Positions with gaps look like packed sequences to flash kernels.
-        kwargs.pop("position_ids", None)
-        output = base_attention(name, module)(module, query, key, value, mask, **kwargs)
-        number = module.layer_idx
-        if forward.schedule.watches(number):
-            stored = (
-                (key, value, keys) if layer is None else (layer.keys, layer.values, layer.index)
-            )
-            forward.attended(
-                number,
-                lambda: Attended(
-                    query, *stored[:2], attention_mask, flight.rows, stored[2], kwargs, mass
-                ),
-                layer,
-            )
-        if layer is not None:
-            forward.after_attention(number, layer)
-        return output
-
-    def hook_layer(self, number: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """What is called before and after a decoder layer."""
-        before = functools.partial(self.before_layer, number)
-        return before, functools.partial(self.after_layer, number)

@@ -57,22 +57,15 @@ class VideoReader:
         backend: "pyav", our own decoder, or a library to compare it with: "decord" or
             "torchcodec", which decode in the caller's thread, and give only what they are known to
             give right: others than plain MP4 and Matroska files are refused.
-        timeout_seconds: give up when no worker makes progress for so long; indexing, and other
-            backends, are not timed.
-        stream: number of the video stream among those of the file, from 0; None means the one that
-            players take: of those marked as default, else of all, the largest, else the first.
-        references: which other files it may refer to, as playlists do: "folder" for those in its
-            folder and below; None, the default, for none.
+        timeout_seconds: give up when no worker makes progress for so long (in our own decoder).
+        stream: number of the video stream, from 0; None for the one that players take: of those
+            marked as default, else of all, the largest, else the first.
+        references: "folder" if it may refer to files in its folder and below, as playlists do.
         rendering: how frames are to look; None means as they are meant to be seen.
         background: what is laid under what is transparent in an animated picture.
 
     Attributes:
-        info: what the file holds.
-        index: the packet index.
-        index_seconds: the time it took to index the file.
-
-    Raises:
-        MediaError: the file cannot be used, or an argument is not valid.
+        info, index, index_seconds: what the file holds; its packet index, and the time that took.
     """
 
     def __init__(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from tokenprune.core.recipe import Recipe
 from tokenprune.errors import RecipeError, TokenPruneError, UnsupportedModelError
 from tokenprune.models.loaded import LoadedModel
 from tokenprune.session.script import temporal_patch
 
-__all__ = ["check_group", "check_session", "check_watches"]
+__all__ = ["check_group", "check_session", "check_watches", "frames_of"]
+
+_FRAMES: Final = 8
 
 
 def check_session(recipe: Recipe) -> None:
@@ -48,3 +52,9 @@ def check_group(group: int, loaded: LoadedModel) -> None:
             f"group must be a multiple of {patch}, the frames that this model joins to one, "
             f"got {group}"
         )
+
+
+def frames_of(recipe: Recipe) -> int:
+    """Frames that a session prefills at once, if it is not told."""
+    wanted = recipe.group
+    return wanted.size if wanted is not None and wanted.per == "frame" else _FRAMES

@@ -20,7 +20,7 @@ from tokenprune.models.loaded import LoadedModel
 from tokenprune.models.prompts import check_question
 from tokenprune.report.answer import Answer
 from tokenprune.report.report import Report
-from tokenprune.session.checks import check_session, check_watches
+from tokenprune.session.checks import check_session, check_watches, frames_of
 from tokenprune.session.file import check_identity, check_path, identity, read, write
 from tokenprune.session.question import Question, answer_words, generate_from
 from tokenprune.session.summary import Summary
@@ -43,21 +43,20 @@ class Session(Summary):
 
     Frames go through the encoder and the language model as they arrive, and only the pruned cache
     stays, so memory is bounded by a group and by what is kept. With an empty recipe an answer is
-    that of one `generate` over the whole video. Each question starts from the watched video alone:
-    questions know nothing of each other. Between calls the model carries no hooks, and several
-    sessions may share it, one call at a time. A session may be used from several threads: a call
-    waits until the one before it has returned. While a session is at work, what would use the model
+    that of one `generate` over the whole video. Questions know nothing of each other. Between calls
+    the model carries no hooks, and several sessions may share it, one call at a time; calls from
+    several threads wait for each other. While a session is at work, what would use the model
     otherwise, another session or `prune`, is refused.
 
-    A session watches: the sound track of a video is left out. Budgets are of each group: a share
-    is the same as over the video, a count is per group. Stages that depend on the question are
-    refused, for there is none yet.
+    The sound track of a video is left out. Budgets are of each group: a share is the same as over
+    the video, a count is per group. Stages that depend on the question act when it is asked (at
+    `Cache(after="prefill")`), for it alone, or are refused.
 
     Args:
         model: A model of a supported family that takes videos or images; or a wrapper of it.
         processor: Its processor, with a chat template.
         recipe: What to prune; "none" prunes nothing.
-        group: Frames that are prefilled at once.
+        group: Frames that are prefilled at once; None for as many as the recipe says, or 8.
         name: What to call the model in answers and files; None for its own name.
 
     Attributes:
@@ -74,7 +73,7 @@ class Session(Summary):
         processor: Any,
         recipe: Recipe | Method | str,
         *,
-        group: int = 8,
+        group: int | None = None,
         name: str | None = None,
     ) -> None:
         recipe = Recipe(recipe)
@@ -84,6 +83,7 @@ class Session(Summary):
         check_watches(self._loaded)
         self._patch = Patch(model, recipe, "original")
         self._report = Report(str(recipe))
+        group = frames_of(recipe) if group is None else group
         watcher = Watcher(self._loaded, self._patch, self._report, group)
         super().__init__(recipe, self._loaded.name, watcher)
         self._asked: Report | None = None
@@ -97,7 +97,7 @@ class Session(Summary):
 
     @property
     def asked(self) -> Report | None:
-        """The report of the last question: what was decided when watching, and for it alone."""
+        """Of the last question: what was decided when watching, and for it alone."""
         return self._asked
 
     # -- watching
@@ -114,9 +114,9 @@ class Session(Summary):
     ) -> list[WatchedGroup]:
         """Watch a video file, or frames as they arrive; may be called again and again.
 
-        Frames of a file are decoded while those before them are prefilled, at most three groups
-        ahead. Frames that are given wait until a group is full; a question, `save` and a file do
-        not wait. All frames of a session are one clip at one rate, resized to the first one's size.
+        Frames of a file are decoded up to three groups ahead. Frames that are given wait for a full
+        group, but not if a question, `save` or a file comes. All frames of a session are one clip
+        at one rate, resized to the first one's size.
 
         Args:
             source: A video file, or frames `[F, 3, H, W]` uint8.
@@ -137,7 +137,7 @@ class Session(Summary):
         self._check_open()
         before = len(self._watcher.groups)
         of_files = {"frames": frames, "workers": workers, "worker_kind": worker_kind}
-        given = [f"{name}={value!r}" for name, value in of_files.items() if value is not None]
+        given = [f"{name}={one!r}" for name, one in of_files.items() if one is not None]
         if not isinstance(source, Tensor):
             self._watcher.watch_file(source, frames, fps, workers, worker_kind)
         elif given:
@@ -164,9 +164,6 @@ class Session(Summary):
 
         Returns:
             The answer. Its seconds are those of the question; those of watching are in `groups`.
-
-        Raises:
-            TokenPruneError: Nothing was watched, or the question has no words.
         """
         if max_new_tokens < 1:
             raise TokenPruneError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
