@@ -20,6 +20,7 @@ from tests.contract.beams import failure_of_beams
 from tests.contract.cases import (
     CASES,
     COMBINED,
+    ELSEWHERE,
     EVERYWHERE,
     MROPE,
     ONE_PER_SITE,
@@ -74,7 +75,7 @@ in_use = pytest.mark.parametrize("name, recipe", uses())
 
 
 def test_every_method_has_cases() -> None:
-    assert set(CASES) == set(list_methods())
+    assert {*CASES, *ELSEWHERE} == set(list_methods())
     for method, recipes in CASES.items():
         for text in recipes:
             assert [one.name for one in Recipe.parse(text).methods] == [method]
@@ -521,7 +522,7 @@ def test_a_second_turn_matches_the_oracle(name: str, recipe: str, kind: str) -> 
     [pytest.param(n, marks=() if n < 20 else (pytest.mark.full,)) for n in range(120)],
 )
 def test_two_turns_under_a_recipe_made_up_by_chance(seed: int) -> None:
-    name, recipe, kind, attention = drawn(seed)
+    name, recipe, kind, attention = drawn(seed, wide=True)
     one = model_of(name, attention)
     inputs = prompt_of(one, kind)
     with positions_logged(decoder_of(one.model)) as log:

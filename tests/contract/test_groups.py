@@ -238,7 +238,7 @@ def test_sizes_that_are_none_are_refused(size: Any) -> None:
 )
 def test_groups_and_later_stages_by_chance_match_the_oracle(seed: int) -> None:
     """A recipe made up by chance, in groups, with stages at later times put in anywhere."""
-    name, text, _, attention = drawn(seed)
+    name, text, _, attention = drawn(seed, wide=True)
     draw = random.Random(seed)
     size = draw.choice(["none", "groups(size=2)", "groups(size=4)", "groups(size=5 per=token)"])
     if "token" in size and adapter_for(model_of(name).model).sees_ahead:

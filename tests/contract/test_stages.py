@@ -196,7 +196,7 @@ def test_heads_that_hold_different_numbers_of_a_modality_are_refused() -> None:
 )
 def test_extremes_among_others_match_the_oracle(seed: int) -> None:
     """A recipe made up by chance, with stages of these kinds put in anywhere."""
-    name, text, kind, attention = drawn(seed)
+    name, text, kind, attention = drawn(seed, wide=True)
     draw = random.Random(seed)
     steps: list[Any] = [one for one in text.split(" + ") if one != "none"]
     modalities = adapter_for(model_of(name).model).modalities

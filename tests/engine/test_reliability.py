@@ -39,10 +39,11 @@ from tokenprune import Session, prune
 from tokenprune.adapters.base import Adapter, adapter_for
 from tokenprune.core.recipe import Recipe
 from tokenprune.core.signal import EncoderSignal
+from tokenprune.engine import laid
 from tokenprune.engine import patch as patching
-from tokenprune.engine import prefill
 from tokenprune.engine.cache import CACHE_NAME, PrunedLayer
 from tokenprune.engine.forward import Forward
+from tokenprune.engine.layers import LayerCalls
 from tokenprune.engine.patch import Patch
 from tokenprune.engine.run import Run
 from tokenprune.errors import TokenPruneError, UnsupportedModelError
@@ -74,8 +75,8 @@ USES = ("generate", "a static cache", "a cache of others", "embeddings", "two pa
 """How the model is used; all but the first are refused."""
 PLACES = ("nowhere", "stage", "layer", "attention", "encoder", "layout", "cache", "streamer")
 PLACES += ("hook", "installing")
-HOOKS = [(Run, name) for name in ("on_prompt", "before_model", "after_model", "before_layer")]
-HOOKS += [(Run, name) for name in ("after_layer", "attend", "mask")]
+HOOKS = [(Run, name) for name in ("on_prompt", "before_model", "after_model")]
+HOOKS += [(LayerCalls, name) for name in ("before", "after", "attend", "mask")]
 HOOKS += [(Forward, name) for name in ("begin", "finish", "cut_arguments")]
 """What the engine hooks into a model, and what its hooks call."""
 
@@ -219,7 +220,7 @@ def failing(
         elif place == "encoder":
             stack.callback(chance.choice(towers(adapter)).register_forward_hook(fuse).remove)
         elif place == "layout":
-            patched.setattr(prefill, "lay_out", guarded(prefill.lay_out, fuse))
+            patched.setattr(laid, "lay_out", guarded(laid.lay_out, fuse))
         elif place == "cache":
             method = chance.choice(["update", "select"])
             patched.setattr(PrunedLayer, method, guarded(getattr(PrunedLayer, method), fuse))

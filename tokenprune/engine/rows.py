@@ -106,7 +106,8 @@ class _Rows:
     def add(self, block: Tensor) -> None:
         """Add some rows, `[heads, r, N]`."""
         if self._signal.heads is not None:
-            block = block.reshape(self._groups, -1, *block.shape[1:])
+            each = len(block) // self._groups  # told, for there may be no columns
+            block = block.reshape(self._groups, each, *block.shape[1:])
             block = _reduce(block, 1, self._signal.heads)
         if self._signal.reduce is None:
             self._parts.append(block)

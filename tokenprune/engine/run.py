@@ -128,7 +128,8 @@ class Run:
         """Begin a forward of the language model with these arguments."""
         hidden, cache = kwargs["inputs_embeds"], kwargs[CACHE_NAME]
         batch, length = hidden.shape[:2]
-        forward = self.layers.forward = Forward(schedule, cache, batch, length, hidden.device, given)
+        forward = Forward(schedule, cache, batch, length, hidden.device, given)
+        self.layers.forward = forward
         forward.begin(kwargs, laid)
         return forward
 

@@ -143,8 +143,7 @@ class VideoReader:
         request = FrameRequest(frames, fps, indices, seconds, start, end, size)
         begin, index = time.perf_counter(), self.index
         asked = request.ranks(index)
-        check_clip(self.info.path, len(asked), *resolve_size(size, self.info, len(asked)))
-        (video,) = self._deliver(request, index, lambda count: np.array([0, count]))
+        (video,) = self._deliver(request, index, lambda count: np.array([0, count]), whole=True)
         if self.index is not index:
             asked = request.ranks(self.index)
         if np.array_equal(asked, video.indices):
@@ -192,7 +191,12 @@ class VideoReader:
         return self._deliver(request, index, lambda count: group_bounds(count, group, first))
 
     def _deliver(
-        self, request: FrameRequest, index: PacketIndex, bounds_of: Callable[[int], Ints]
+        self,
+        request: FrameRequest,
+        index: PacketIndex,
+        bounds_of: Callable[[int], Ints],
+        *,
+        whole: bool = False,
     ) -> Generator[Video, None, None]:
         """The groups of what is asked for, in presentation order, each frame once.
 
@@ -200,9 +204,12 @@ class VideoReader:
             request: what is asked for; it is checked before the first group is asked for.
             index: the packet index by which it is understood.
             bounds_of: gives `[G + 1]` where groups of so many frames begin.
+            whole: whether all frames are held at once.
         """
         asked = request.ranks(index)
         size = resolve_size(request.size, index.info, len(asked))
+        if whole:
+            check_clip(index.info.path, len(asked), *size)
         return self._decode(request, index, np.unique(asked), size, bounds_of)
 
     def _decode(

@@ -183,9 +183,9 @@ def test_damage_seldom_goes_unnoticed(kind, made, tmp_path):
     [
         ("list.mp4", b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://a.b/c.ts\n", "cannot"),
         ("script.mp4", b"ffconcat version 1.0\nfile '/etc/hostname'\n", "cannot|no video"),
-        ("page.mp4", b"<!DOCTYPE html><html><body>404</body></html>" * 20, "cannot"),
+        ("page.mp4", b"<!DOCTYPE html><html><body>404</body></html>" * 20, "is an HTML page"),
         ("data.mp4", b'{"error": "not found"}' * 40, "cannot"),
-        ("zip.mp4", b"PK\x03\x04" + bytes(500), "cannot"),
+        ("zip.mp4", b"PK\x03\x04" + bytes(500), "is a ZIP archive"),
         ("zeros.mp4", bytes(100_000), "cannot"),
         ("zeros.ts", b"\x47\x1f\xff\x10" * 1 + bytes(184) * 50, "cannot|no video"),
         ("box.mp4", b"\0\0\0\x18ftypisom\0\0\2\0isomiso2\0\0\0\x08mdat", "cannot|no video"),
