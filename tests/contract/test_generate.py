@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tokenprune.engine.cache import CACHE_NAME
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.testing import tiny
 from tokenprune.testing.harness import (
+    NEW_TOKENS,
     generate,
     logits_of,
     model_of,
@@ -355,12 +357,41 @@ def test_offloaded_weights_come_back_for_each_layer(name: str, to: str, tmp_path
     with prune(one.model, keep_all(EVERYWHERE)):
         output = generate(one, prompt_of(one))
     assert torch.equal(logits_of(output), logits_of(unpruned(name).output))
-    with prune(one.model, EVERYWHERE):
-        output = generate(one, prompt_of(one))
-    assert_close(logits_of(output), logits_of(pruned(name, EVERYWHERE).output))
+    for recipe in (EVERYWHERE, PROBING, f"groups(size=2) + {EVERYWHERE}"):
+        with prune(one.model, recipe):
+            output = generate(one, prompt_of(one))
+        assert_close(logits_of(output), logits_of(pruned(name, recipe).output))
+        assert all(parameter.is_meta for parameter in layers.parameters())
     after = snapshot(one.model)
     for what in ("modules", "configs", "attention", "masks"):  # parameters come and go
         assert after[what] == before[what], what
+
+
+@pytest.mark.parametrize("name", THREE)
+def test_hooks_of_users_count_what_they_count_without_probes(name: str) -> None:
+    """A layer that is probed for its queries and keys is not called by that."""
+    one = model_of(name)
+    layers = decoder_of(one.model).layers
+    calls: dict[Any, int] = {}
+    with ExitStack() as hooks:
+
+        def count(module: Any, *_: object) -> None:
+            calls[module] = calls.get(module, 0) + 1
+
+        for layer in layers:
+            for module in (layer, layer.self_attn, layer.self_attn.q_proj):
+                hooks.callback(module.register_forward_pre_hook(count).remove)
+                hooks.callback(module.register_forward_hook(count).remove)
+        generate(one, prompt_of(one))
+        expected = dict(calls)
+        calls.clear()
+        with prune(one.model, PROBING):
+            generate(one, prompt_of(one))
+    assert calls == expected and set(expected.values()) == {2 * NEW_TOKENS}
+
+
+PROBING = "pyramiddrop(keep=0.6) + fastv(keep=0.8 layer=2 rotary=false)"
+"""Layers are run until their attention, before and after tokens leave."""
 
 
 class Drafts:
