@@ -148,17 +148,8 @@ class VideoReader:
             asked = request.ranks(self.index)
         if np.array_equal(asked, video.indices):
             return video
-        back = torch.from_numpy(np.searchsorted(video.indices.numpy(), asked))
-        return Video(
-            frames=video.frames[back],
-            pts_seconds=video.pts_seconds[back],
-            indices=video.indices[back],
-            info=video.info,
-            substituted=video.substituted[back],
-            pictures_decoded=video.pictures_decoded,
-            timings=Timings(self.index_seconds, time.perf_counter() - begin, video.timings.effort),
-            bytes_read=video.bytes_read,
-        )
+        timings = Timings(self.index_seconds, time.perf_counter() - begin, video.timings.effort)
+        return _in_order(video, asked, timings)
 
     def stream(
         self,
@@ -322,3 +313,16 @@ def _check_kind(kind: WorkerKind | None) -> WorkerKind:
     if kind == "process" and os.name != "posix":
         raise MediaError('worker_kind="process" needs Linux or macOS; use "thread"')
     return kind or "thread"
+
+
+def _in_order(video: Video, asked: Ints, timings: Timings) -> Video:
+    """The frames of ranks `[F]` as they were asked for, of a video that has each once."""
+    back = torch.from_numpy(np.searchsorted(video.indices.numpy(), asked))
+    return replace(
+        video,
+        frames=video.frames[back],
+        pts_seconds=video.pts_seconds[back],
+        indices=video.indices[back],
+        substituted=video.substituted[back],
+        timings=timings,
+    )
