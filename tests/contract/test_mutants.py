@@ -447,7 +447,7 @@ def mass_of_other_entries(patch: pytest.MonkeyPatch) -> None:
 @caught_by(merged_entries, "qwen3_vl", "alike-mass", "alone", "eager")
 def mass_adds_nothing_in_decoding(patch: pytest.MonkeyPatch) -> None:
     original = layers.mask_for_kernel
-    patch.setattr(run, "weighted_mask", lambda *given: original(*given[:-1], False))
+    patch.setattr(layers, "weighted_mask", lambda *given: original(*given[:-1], False))
 
 
 @caught_by(merged_twice, "llava_onevision", "alone")
