@@ -119,6 +119,9 @@ def mask_for_kernel(
     """
     queries, stored = query.shape[2], keys.shape[-1]
     if isinstance(mask, LazyMask):
+        if mask.causal and not holes:
+            # What heads hold of the past is older than every query: they differ in nothing hidden.
+            keys = keys[:, :1] if keys.shape[1] > 1 else keys
         if "flash" in name:
             # Flash kernels know which keys are valid and that queries are the last of them.
             if mask.causal and (keys.shape[1] == 1 or not holes):
