@@ -93,7 +93,7 @@ def test_with_everything_kept_groups_are_bit_identical(name: str, recipe: str, s
     assert torch.equal(logits_of(plain), logits_of(pruned))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.full)])
 @pytest.mark.parametrize("size", SIZES[:1] + SIZES[2:])
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", families())

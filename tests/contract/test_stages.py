@@ -115,7 +115,7 @@ def test_no_token_left_with_compact_positions_is_a_prompt_without_media(name: st
 # -- merges
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.full)])
 @pytest.mark.parametrize("kind", ["alone", "batch"])
 @pytest.mark.parametrize("site", SITES[:4], ids=str)
 @pytest.mark.parametrize("name", families("llava_next", "llava_pixtral"))
