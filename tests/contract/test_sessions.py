@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -246,6 +247,40 @@ def test_what_acts_on_a_question_s_branch_is_the_oracle(
         assert session.kv_bytes == before and same(ask(session), first)
         other = ask(session, "and what else?")
         assert same(ask(session), first) and not torch.equal(other.sequences, first.sequences)
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(n, marks=() if n < 10 else (pytest.mark.full,)) for n in range(60)]
+)
+def test_sessions_made_up_by_chance_are_the_oracle(seed: int, watched: Any) -> None:
+    """Groups of a session, groups within them, and stages on a question's branch."""
+    draw = random.Random(seed)
+    names = [one for one in SHORT if one != "gemma3"]
+    run = watched(draw.choice(names))
+    steps: list[Any] = draw.sample(
+        [
+            f"uniform(keep={draw.choice([0.5, 0.8])} per={draw.choice(['prompt', 'frame'])})",
+            f"random(keep=0.7 at={draw.randint(0, 4)})",
+            "knorm(keep=0.6)",
+            "random(keep=0.6 at=cache)",
+            "divprune(keep=0.7)",
+            *LATE.values(),
+        ],
+        draw.randint(1, 4),
+    )
+    within = draw.choice(["none", "groups(size=2)", "groups(size=5 per=token)"])
+    recipe = Recipe(within, *steps)
+    with run.session(recipe, group=draw.choice([2, 4, 6])) as session:
+        output = ask(session)
+        assert same(ask(session), output)
+        asked = session.asked
+    assert asked is not None
+    read = output.sequences[:, :-1]
+    heads = decoder_of(run.loaded.model).config.num_key_value_heads
+    replay = read_decisions(asked.calls, 1, read.shape[1], heads, codes_of(run.tiny, recipe))
+    expected = dense_logits(run.loaded.model, run.inputs, read, replay, run.positions)
+    prompt = run.inputs["input_ids"].shape[1]
+    assert_close(logits_of(output), expected[:, prompt - 1 :])
 
 
 @families
